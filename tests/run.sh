@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Runs the tests from nothing but a clone: sets up .venv, checks style and types, then pytest.
+#   bash tests/run.sh              everything
+#   bash tests/run.sh --fast       only what takes seconds
+#   bash tests/run.sh tests/unit   what pytest would take
+# GPTB_DS_REQUIRE_ALL=1 turns "component missing, skipped" (Slurm, MPI, ssh) into a failure.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/setup.sh
+source launch/setup.sh dev
+if [ "${1:-}" = --fast ]; then
+    shift
+    set -- -m "not slow" "$@"
+fi
+ruff check .
+ruff format --check .
+mypy
+exec python -m pytest "$@"
