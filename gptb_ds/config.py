@@ -45,7 +45,9 @@ class DataConfig(Group):
     lanes: int = Field(64, ge=1, description="L: global document streams, fixed for a run")
     window: int = Field(16, ge=1, description="K: columns of one forward/backward")
     seed: int = Field(0, ge=0, description="order of the documents")
-    max_document_tokens: int | None = Field(None, ge=1, description="cut longer documents into pieces of so many tokens")
+    max_document_tokens: int | None = Field(
+        None, ge=1, description="cut longer documents into pieces of so many tokens"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -66,7 +68,9 @@ class DataConfig(Group):
                     f"data.weights has {len(self.weights)} numbers for {len(self.path)} stores; give one for each"
                 )
             if min(self.weights) <= 0:
-                raise ValueError(f"data.weights {self.weights} must all be above 0; leave out a store that has no share")
+                raise ValueError(
+                    f"data.weights {self.weights} must all be above 0; leave out a store that has no share"
+                )
         return self
 
 
@@ -99,6 +103,8 @@ class RunConfig(Group):
     sample_every: int = Field(0, ge=0, description="updates between text samples (0 = none)")
     sample_tokens: int = Field(200, ge=1, description="tokens of a sample")
     max_seconds: float | None = Field(None, gt=0, description="stop with a checkpoint and exit code 85 after so long")
+    hang_seconds: float = Field(600, gt=0, description="end the job when nothing moves for so long")
+    stop_margin: float = Field(120, ge=0, description="seconds before the end of a Slurm job at which to stop")
     on_save_error: Literal["stop", "continue"] = Field("stop", description="when a checkpoint cannot be written")
     monitor: list[Literal["tensorboard", "csv", "wandb"]] = Field([], description="metric sinks beside metrics.jsonl")
 

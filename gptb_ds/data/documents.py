@@ -1,0 +1,194 @@
+"""Owns the memory-mapped document store: its layout on disk, how it is checked on opening, and reading it.
+
+    STORE/store.json                  manifest, written last: counts, size and checksum of every file, fingerprint
+    STORE/tokenizer/                  the tokenizer, as transformers saves it
+    STORE/{train,validation}/tokens.bin    EOT and tokens of each document, one after another, and one closing EOT
+    STORE/{train,validation}/offsets.bin   int64 (N+1): where each document's EOT lies in tokens.bin
+    STORE/{train,validation}/counted.bin   uint8 beside tokens.bin, only with loss weights: 1 = counts as a target
+
+So the target of the input at position p is the token at p+1, for the last token of a document the next one's EOT.
+Axes: N documents of a split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FORMAT = "gptb-ds store 1"
+SPLITS = ("train", "validation")
+
+_BLOCK = 1 << 16
+_BLOCKS = 256
+
+
+class DocumentStore:
+    """One split of a store, opened. The token files are mapped, not read: memory does not grow with the corpus.
+
+    `tokens` (num_tokens + N + 1) uint16 or uint32, `offsets` (N+1) int64, `counted` like `tokens` or None.
+    """
+
+    def __init__(self, path: Path, split: str, manifest: dict[str, Any]) -> None:
+        facts = manifest["splits"][split]
+        self.path, self.split, self.manifest = path, split, manifest
+        self.fingerprint = hashlib.sha256(f"{manifest['fingerprint']}/{split}".encode()).hexdigest()[:32]
+        self.tokenizer: str = manifest["tokenizer"]
+        self.vocab_size: int = manifest["vocab_size"]
+        self.eot_id: int = manifest["eot_id"]
+        self.num_documents: int = facts["documents"]
+        self.num_tokens: int = facts["tokens"]
+        self.num_bytes: int = facts["bytes"]
+        self.tokens = _map(path / split / "tokens.bin", manifest["dtype"])
+        self.offsets = _map(path / split / "offsets.bin", "int64")
+        self.counted = _map(path / split / "counted.bin", "uint8") if manifest["weighted"] else None
+
+    @property
+    def bytes_per_target(self) -> float:
+        """Text bytes for each target (a document's tokens and its EOT): nats per target -> bits per byte."""
+        return self.num_bytes / (self.num_tokens + self.num_documents)
+
+    @property
+    def stores(self) -> tuple[DocumentStore, ...]:
+        """The stores of this corpus: itself. A mixture has several."""
+        return (self,)
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """Shares of a mixture: none here."""
+        return None
+
+    def document(self, index: int) -> npt.NDArray[Any]:
+        """The tokens (n,) of one document, without its EOT."""
+        return self.tokens[self.offsets[index] + 1 : self.offsets[index + 1]]
+
+
+def open_store(path: str | Path, split: str = "train") -> DocumentStore:
+    """Opens one split of a store made by `gptb-ds prepare`.
+
+    What opening guarantees: the manifest is whole and unaltered; every file of the split has its size; files up to
+    16 MiB have their checksum; of larger ones 256 blocks of 64 KiB, the first, the last and evenly spread ones, have
+    theirs. So a truncated, mixed up, regenerated or shifted file is noticed; a few flipped bytes inside a large file
+    are noticed by `verify`, which reads everything.
+
+    Raises ValueError, in one line, when there is no store, it is incomplete or altered, or the split has no documents.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    if split not in manifest["splits"]:
+        raise ValueError(f"{path}: no split '{split}'; choose one of {', '.join(SPLITS)}")
+    if not manifest["splits"][split]["documents"]:
+        hint = "; prepare it with a larger --holdout" if split == "validation" else ""
+        raise ValueError(f"{path}: the split '{split}' has no documents{hint}")
+    for name, facts in manifest["files"].items():
+        if Path(name).parts[0] == split:
+            _check_file(path, name, facts)
+    store = DocumentStore(path, split, manifest)
+    if int(store.offsets[0]) != 0 or int(store.offsets[-1]) + 1 != len(store.tokens):
+        raise ValueError(f"{path}: {split}/offsets.bin does not belong to its tokens.bin; prepare the store again")
+    return store
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a store, checked against its own fingerprint. Raises ValueError, in one line."""
+    try:
+        manifest = json.loads((path / "store.json").read_text())
+    except FileNotFoundError:
+        hint = "an interrupted prepare leaves none" if path.is_dir() else "there is no such folder"
+        raise ValueError(f"{path}: not a document store, store.json is missing ({hint}); run gptb-ds prepare") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}/store.json: cannot be read ({error}); prepare the store again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}/store.json: not of the format '{FORMAT}'; prepare the store again")
+    if manifest.get("manifest_checksum") != manifest_checksum(manifest):
+        raise ValueError(f"{path}/store.json: altered since it was written; prepare the store again")
+    return manifest
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The transformers tokenizer that is saved in a store. Needs no network."""
+    from transformers import AutoTokenizer
+
+    read_manifest(Path(path))
+    return AutoTokenizer.from_pretrained(Path(path) / "tokenizer", local_files_only=True)
+
+
+def verify(path: str | Path) -> None:
+    """Reads a whole store: every checksum, ascending offsets, EOT at every start, token ids inside the vocabulary.
+
+    Raises ValueError, in one line, for the first thing that is wrong.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    for name, facts in manifest["files"].items():
+        _check_file(path, name, facts)
+        if digest_file(path / name) != facts["sha256"]:
+            raise ValueError(f"{path / name}: altered since the store was written; prepare the store again")
+    for split in SPLITS:
+        if not manifest["splits"][split]["documents"]:
+            continue
+        store = DocumentStore(path, split, manifest)
+        for first in range(0, store.num_documents, _BLOCK):
+            starts = store.offsets[first : first + _BLOCK + 1]
+            if (np.diff(starts) < 1).any() or (store.tokens[starts] != store.eot_id).any():
+                raise ValueError(f"{path}/{split}: documents near number {first} do not start with EOT")
+        for first in range(0, len(store.tokens), 1 << 24):
+            if store.tokens[first : first + (1 << 24)].max() >= store.vocab_size:
+                raise ValueError(f"{path}/{split}: a token near {first} is beyond the vocabulary ({store.vocab_size})")
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Checksum of a manifest without its checksum."""
+    content = {key: value for key, value in manifest.items() if key != "manifest_checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file: size, checksum of the whole, checksum of the blocks that opening reads."""
+    return {"size": path.stat().st_size, "sha256": digest_file(path), "sample": digest_sample(path)}
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_sample(path: Path) -> str:
+    """SHA-256 of at most 256 blocks of 64 KiB: all of a file up to 16 MiB, evenly spread blocks of a larger one."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in _sample_starts(path.stat().st_size):
+            file.seek(start)
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def _sample_starts(size: int) -> Iterator[int]:
+    if size <= _BLOCK * _BLOCKS:
+        yield from range(0, size, _BLOCK)
+    else:
+        yield from ((size - _BLOCK) * block // (_BLOCKS - 1) for block in range(_BLOCKS))
+
+
+def _check_file(path: Path, name: str, facts: dict[str, Any]) -> None:
+    file = path / name
+    if not file.is_file():
+        raise ValueError(f"{file}: missing; prepare the store again")
+    if file.stat().st_size != facts["size"]:
+        raise ValueError(
+            f"{file}: has {file.stat().st_size} bytes instead of {facts['size']} (truncated or altered);"
+            " prepare the store again"
+        )
+    if digest_sample(file) != facts["sample"]:
+        raise ValueError(f"{file}: altered since the store was written; prepare the store again")
+
+
+def _map(path: Path, dtype: str) -> npt.NDArray[Any]:
+    # A plain view of the map: indexing np.memmap itself pays for its subclass each time.
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

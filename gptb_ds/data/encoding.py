@@ -1,0 +1,222 @@
+"""Owns the way from a raw record to a document: its fields, its tokens, which targets count, what is wrong with it.
+
+Axes: n tokens of a document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptb_ds.data import tokenization
+
+IGNORED = -100  # the label of a target that does not count, as in transformers
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of a record's fields. Text with an optional prompt that is read but not counted, or tokens with a mask."""
+
+    text: str = "text"
+    prompt: str | None = None
+    ids: str | None = None
+    labels: str | None = None
+    loss_mask: str | None = None
+
+    def names(self) -> list[str]:
+        """The fields that a record must have."""
+        wanted = (self.ids, self.labels, self.loss_mask) if self.ids else (self.prompt, self.text)
+        return [name for name in wanted if name is not None]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether records say which targets count."""
+        return any((self.prompt, self.labels, self.loss_mask))
+
+
+class Encoder:
+    """Raw records in batches -> tokens, for `datasets.Dataset.map`.
+
+    A row of the result: `tokens` (the n ids as bytes of `dtype`), `counted` (n+1 bytes: the tokens and the closing EOT;
+    None without loss weights), `bytes` of text, `key` (63 bits that the held-out split is drawn by), `error`.
+    """
+
+    def __init__(self, tokenizer: Any, fields: Fields, name: str, stop_on_error: bool) -> None:
+        self.tokenizer, self.fields, self.name, self.stop_on_error = tokenizer, fields, name, stop_on_error
+        self.eot = tokenization.eot_id(tokenizer)
+        self.vocab_size = tokenization.vocab_size(tokenizer)
+        self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+
+    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """Raises ValueError for the first bad record when it is to stop there."""
+        documents = list(read_documents(batch, indices, self.fields, self.name))
+        rows: list[dict[str, Any]] = [{}] * len(documents)
+        if self.fields.ids is None:
+            self._encode_texts(documents, rows)
+        else:
+            for number, document in enumerate(documents):
+                rows[number] = self._encode_ids(document)
+        for row in rows:
+            if self.stop_on_error and row["error"]:
+                raise ValueError(row["error"])
+        return {column: [row[column] for row in rows] for column in ("tokens", "counted", "bytes", "key", "error")}
+
+    def _encode_texts(self, documents: list[Document], rows: list[dict[str, Any]]) -> None:
+        good = [number for number, document in enumerate(documents) if not document.error]
+        ids = tokenization.encode(self.tokenizer, [documents[number].text for number in good])
+        prompts: list[Any] = [None] * len(good)
+        if self.fields.prompt:
+            prompts = tokenization.encode(self.tokenizer, [documents[number].prompt for number in good])
+        for number, document in enumerate(documents):
+            rows[number] = _row(document.error)
+        for number, answer, prompt in zip(good, ids, prompts, strict=True):
+            content = documents[number].content()
+            counted = None
+            if prompt is not None:
+                counted = np.ones(len(prompt) + len(answer) + 1, dtype=np.uint8)
+                counted[: len(prompt)] = 0
+                answer = np.concatenate([prompt, answer])
+            rows[number] = self._filled(answer, counted, len(content), content)
+
+    def _encode_ids(self, document: Document) -> dict[str, Any]:
+        if document.error:
+            return _row(document.error)
+        ids, counted = document.ids, document.counted
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            worst = int(ids.min() if ids.min() < 0 else ids.max())
+            return _row(
+                f"{document.where}: token id {worst} is outside the vocabulary of {self.vocab_size};"
+                " give the tokenizer that made the tokens"
+            )
+        if counted is not None and len(counted) == len(ids):
+            # The closing EOT counts as the last token does.
+            counted = np.append(counted, counted[-1:] if len(counted) else np.uint8(0))
+        if len(ids) and ids[-1] == self.eot:  # ours is added when it is read
+            ids, counted = ids[:-1], None if counted is None else counted[:-1]
+        if len(ids) and ids[0] == self.eot:
+            ids, counted = ids[1:], None if counted is None else counted[1:]
+        text = self.tokenizer.decode(ids.tolist())
+        return self._filled(ids, counted, len(text.encode(errors="replace")), ids.tobytes())
+
+    def _filled(
+        self, ids: npt.NDArray[np.int64], counted: npt.NDArray[np.uint8] | None, size: int, content: bytes
+    ) -> dict[str, Any]:
+        key = hashlib.blake2b(content, digest_size=8, key=b"gptb-ds held-out").digest()
+        return {
+            "tokens": ids.astype(self.dtype).tobytes(),
+            "counted": None if counted is None else counted.tobytes(),
+            "bytes": size,
+            "key": int.from_bytes(key, "little") >> 1,
+            "error": None,
+        }
+
+
+@dataclass
+class Document:
+    """A record that was understood, or what is wrong with it."""
+
+    where: str
+    error: str | None = None
+    text: str = ""
+    prompt: str = ""
+    ids: Any = None
+    counted: Any = None
+
+    def content(self) -> bytes:
+        """The UTF-8 text, prompt included."""
+        return (self.prompt + self.text).encode()
+
+
+def _row(error: str | None) -> dict[str, Any]:
+    return {"tokens": b"", "counted": None, "bytes": 0, "key": 0, "error": error}
+
+
+def read_documents(batch: dict[str, list[Any]], indices: list[int], fields: Fields, name: str) -> Iterator[Document]:
+    """The documents of a batch of raw records as `corpus.open_source` gives them."""
+    for number, index in enumerate(indices):
+        record: Any = {column: values[number] for column, values in batch.items()}
+        where = record.get("where") or f"{name} row {index}"
+        try:
+            if record.get("error") and "where" in record:
+                raise ValueError(record["error"])
+            if "text_bytes" in record:
+                record = {fields.text: _decode(record["text_bytes"], where)}
+            elif "json_bytes" in record:
+                record = _parse(record["json_bytes"], where)
+            yield _understand(record, where, fields)
+        except ValueError as error:
+            yield Document(where, error=str(error))
+
+
+def _decode(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not UTF-8 at byte {error.start}; convert it, name the text files alone with a glob, or leave"
+            " such documents out with --on-error skip"
+        ) from None
+
+
+def _parse(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(_decode(raw, where))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: broken JSON line ({error.msg} at character {error.pos + 1})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a JSON record must be an object with fields, not {type(record).__name__}")
+    return record
+
+
+def _understand(record: dict[str, Any], where: str, fields: Fields) -> Document:
+    for name in fields.names():
+        if record.get(name) is None:
+            has = ", ".join(str(key) for key, value in record.items() if value is not None) or "none"
+            raise ValueError(f"{where}: no field '{name}' (it has {has}); name the field with its option")
+    if fields.ids:
+        return _token_document(record, where, fields)
+    document = Document(where, text=record[fields.text], prompt=record[fields.prompt] if fields.prompt else "")
+    for name, value in ((fields.text, document.text), (fields.prompt, document.prompt)):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: the field '{name}' is {type(value).__name__}, not text")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: the field '{name}' has a lone surrogate at character {error.start}: not Unicode"
+            ) from None
+    return document
+
+
+def _token_document(record: dict[str, Any], where: str, fields: Fields) -> Document:
+    assert fields.ids is not None
+    ids = _numbers(record, fields.ids, where)
+    counted = None
+    for name in (fields.labels, fields.loss_mask):
+        if name is None:
+            continue
+        values = _numbers(record, name, where)
+        extra = len(values) - len(ids)
+        if extra and not (name == fields.loss_mask and extra == 1):
+            raise ValueError(f"{where}: '{name}' has {len(values)} entries for {len(ids)} tokens")
+        counts = values != (IGNORED if name == fields.labels else 0)
+        if name == fields.labels and (values[counts] != ids[counts]).any():
+            raise ValueError(f"{where}: '{name}' must repeat '{fields.ids}' or be {IGNORED} where a token does not count")
+        counted = counts.astype(np.uint8)
+    return Document(where, ids=ids, counted=counted)
+
+
+def _numbers(record: dict[str, Any], name: str, where: str) -> npt.NDArray[np.int64]:
+    try:
+        values = np.asarray(record[name])
+        if values.ndim == 1 and (values.dtype.kind in "iub" or not values.size):
+            return values.astype(np.int64)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError(f"{where}: the field '{name}' must be a list of whole numbers")

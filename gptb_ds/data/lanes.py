@@ -1,0 +1,279 @@
+"""Owns the order of tokens: which document a lane reads, from where to where, in every column. Pure arithmetic.
+
+Everything here is a function of (documents, seed, L), never of the number of ranks.
+
+Axes: B lanes of this rank, F fragments of a window, N documents. All arrays are int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+# ordinal (n,) -> source (n,), start (n,), length (n,): where document D(ordinal) lies; source -1 = there is none.
+Locate = Callable[[Ints], tuple[Ints, Ints, Ints]]
+
+NOTHING = np.int64(1) << 61  # the length of what a lane reads when its documents have run out
+MIX_BLOCK = 1 << 16  # picks of a weighted mixture after which its proportions are met exactly
+INDEX_EVERY = 64  # documents for each entry of the index of pieces
+
+_ROUNDS = 6
+_MULTIPLY_1 = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLY_2 = np.uint64(0xD6E8FEB86659FD93)
+_HALF_WORD = np.uint64(32)
+
+
+def rank_lanes(lanes: int, rank: int, world_size: int) -> range:
+    """The global lanes of a rank: `[r L/W, (r+1) L/W)`.
+
+    Raises ValueError when the world size does not divide the lanes; it names the valid choices on both sides.
+    """
+    assert 0 <= rank < world_size
+    if lanes % world_size:
+        below, above = lanes // world_size * world_size, (lanes // world_size + 1) * world_size
+        sizes = [size for size in range(1, min(lanes, 4096) + 1) if lanes % size == 0]
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"data.lanes {lanes} cannot be shared by {world_size} ranks equally; choose {near} lanes,"
+            f" or a number of ranks out of {sizes}"
+        )
+    share = lanes // world_size
+    return range(rank * share, (rank + 1) * share)
+
+
+def permute(index: Ints, size: int, key: Words) -> Ints:
+    """Where a keyed permutation of `[0, size)` takes each `index`; `key` (same shape) picks the permutation.
+
+    A Feistel network over the next power of two; what falls outside `size` walks on along its cycle (Black and Rogaway,
+    "Ciphers with arbitrary finite domains", 2002). O(1) memory, any index alone.
+    """
+    bits = max(1, (size - 1).bit_length())
+    low = bits // 2
+    widths = (np.uint64(low), np.uint64(bits - low))
+    keys = [_mix(key + np.uint64(turn)) for turn in range(_ROUNDS)]
+    out = _feistel(index.astype(np.uint64), keys, *widths)
+    bound = np.uint64(size)
+    outside = np.flatnonzero(out >= bound)
+    walker = out[outside]
+    keys = [k[outside] for k in keys]
+    while outside.size:
+        walker = _feistel(walker, keys, *widths)
+        out[outside] = walker
+        stay = np.flatnonzero(walker >= bound)
+        outside, walker, keys = outside[stay], walker[stay], [k[stay] for k in keys]
+    return out.astype(np.int64)
+
+
+def _feistel(value: Words, keys: list[Words], low: np.uint64, high: np.uint64) -> Words:
+    left, right = value >> low, value & ((np.uint64(1) << low) - np.uint64(1))
+    for turn, key in enumerate(keys):
+        if turn % 2 == 0:
+            left = left ^ _hash(right, key, high)
+        else:
+            right = right ^ _hash(left, key, low)
+    return (left << low) | right
+
+
+def _hash(value: Words, key: Words, width: np.uint64) -> Words:
+    """`width` pseudo-random bits."""
+    if not width:
+        return np.zeros_like(value)
+    return _mix(value + key) >> (np.uint64(64) - width)
+
+
+def _mix(word: Words) -> Words:
+    word = word * _MULTIPLY_1
+    word ^= word >> _HALF_WORD
+    word *= _MULTIPLY_2
+    word ^= word >> _HALF_WORD
+    return word * _MULTIPLY_1
+
+
+def _epoch_keys(seed: int, stream: int, epoch: Ints) -> Words:
+    base = np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
+    return _mix(_mix(_mix(base) + np.uint64(stream)) + epoch.astype(np.uint64))
+
+
+class Pieces:
+    """The documents of one store, cut where they have more than `limit` tokens; `count` pieces, numbered in order.
+
+    `offsets` (N+1) are the documents' starts in the store: document i has `offsets[i+1] - offsets[i] - 1` tokens after
+    its EOT. A cut piece is read as `[EOT] + its tokens`. Memory: 8 bytes for each 64 documents when there is a limit.
+    """
+
+    def __init__(self, offsets: Ints, limit: int | None = None) -> None:
+        self.offsets, self.limit = offsets, limit
+        documents = len(offsets) - 1
+        self.count = documents
+        self._index = np.zeros(1, dtype=np.int64)
+        if limit is not None:
+            ends = []
+            for first in range(0, documents, INDEX_EVERY * 4096):
+                pieces = self._pieces_of(offsets[first : first + INDEX_EVERY * 4096 + 1])
+                ends.append(np.add.reduceat(pieces, np.arange(0, len(pieces), INDEX_EVERY)))
+            self._index = np.concatenate([self._index, np.cumsum(np.concatenate(ends or [self._index]))])
+            self.count = int(self._index[-1])
+        self.inputs = int(offsets[-1]) - documents + self.count  # tokens and one EOT for each piece
+
+    def _pieces_of(self, offsets: Ints) -> Ints:
+        assert self.limit is not None
+        tokens = np.diff(offsets) - 1
+        return np.maximum(1, -(-tokens // self.limit))
+
+    def locate(self, piece: Ints) -> tuple[Ints, Ints]:
+        """Start in the store of the piece's EOT (for a later piece: of the token in its place) and number of inputs."""
+        if self.limit is None:
+            start = self.offsets[piece]
+            return start, self.offsets[piece + 1] - start
+        block = np.searchsorted(self._index, piece, side="right") - 1
+        last = len(self.offsets) - 1
+        # The 64 documents of each piece's block: the one that holds the piece is where their running count passes it.
+        around = np.minimum(block[:, None] * INDEX_EVERY + np.arange(INDEX_EVERY + 1), last)
+        edges = self.offsets[around]
+        tokens = np.diff(edges, axis=1) - 1
+        ends = np.cumsum(np.where(tokens < 0, 0, np.maximum(1, -(-tokens // self.limit))), axis=1)
+        within = piece - self._index[block]
+        column = (ends <= within[:, None]).sum(axis=1)
+        rows = np.arange(len(piece))
+        before = np.where(column > 0, ends[rows, np.maximum(column - 1, 0)], 0)
+        skip = (within - before) * self.limit
+        return edges[rows, column] + skip, np.minimum(tokens[rows, column] - skip, self.limit) + 1
+
+
+class ShuffledOrder:
+    """The endless document sequence `D(j)`: each epoch a fresh keyed permutation of all pieces of all sources.
+
+    With `weights` (share of the inputs for each source) every source has epochs of its own and a block of picks holds
+    each source in proportion, in an order that is permuted block by block.
+    """
+
+    def __init__(self, sources: Sequence[Pieces], seed: int, weights: Sequence[float] | None = None) -> None:
+        self._sources, self._seed = sources, seed
+        self._firsts = np.cumsum([0] + [pieces.count for pieces in sources])
+        self._picks = None if weights is None else np.cumsum([0] + _picks(sources, weights))
+
+    def __call__(self, ordinal: Ints) -> tuple[Ints, Ints, Ints]:
+        if self._picks is None:
+            size = int(self._firsts[-1])
+            epoch, index = np.divmod(ordinal, size)
+            number = permute(index, size, _epoch_keys(self._seed, 0, epoch))
+            return _split(self._sources, self._firsts, number)
+        block, index = np.divmod(ordinal, MIX_BLOCK)
+        slot = permute(index, MIX_BLOCK, _epoch_keys(self._seed, 0, block))
+        source = np.searchsorted(self._picks, slot, side="right") - 1
+        number = block * (self._picks[source + 1] - self._picks[source]) + slot - self._picks[source]
+        for s, pieces in enumerate(self._sources):
+            mine = np.flatnonzero(source == s)
+            if mine.size:
+                epoch, index = np.divmod(number[mine], pieces.count)
+                number[mine] = permute(index, pieces.count, _epoch_keys(self._seed, s + 1, epoch)) + self._firsts[s]
+        return _split(self._sources, self._firsts, number)
+
+
+class FixedOrder:
+    """Every piece of every source once, in the order of the stores; then nothing."""
+
+    def __init__(self, sources: Sequence[Pieces]) -> None:
+        self._sources = sources
+        self._firsts = np.cumsum([0] + [pieces.count for pieces in sources])
+
+    def __call__(self, ordinal: Ints) -> tuple[Ints, Ints, Ints]:
+        return _split(self._sources, self._firsts, ordinal)
+
+
+def _split(sources: Sequence[Pieces], firsts: Ints, number: Ints) -> tuple[Ints, Ints, Ints]:
+    """Source, start and length of pieces numbered across the sources; beyond the last: source -1."""
+    start, length = np.zeros_like(number), np.full_like(number, NOTHING)
+    source = np.searchsorted(firsts, number, side="right") - 1
+    source[number >= firsts[-1]] = -1
+    for s, pieces in enumerate(sources):
+        mine = np.flatnonzero(source == s) if len(sources) > 1 or (number.size and source.min() < 0) else slice(None)
+        start[mine], length[mine] = pieces.locate(number[mine] - firsts[s])
+    return source, start, length
+
+
+def _picks(sources: Sequence[Pieces], weights: Sequence[float]) -> list[int]:
+    """How many of MIX_BLOCK picks fall to each source so that its share of the *inputs* is its weight."""
+    rates = np.array([w * p.count / p.inputs for w, p in zip(weights, sources, strict=True)])
+    exact = rates / rates.sum() * MIX_BLOCK
+    picks = np.maximum(1, np.floor(exact)).astype(np.int64)
+    for s in np.argsort(picks - exact, kind="stable")[: max(0, MIX_BLOCK - int(picks.sum()))]:
+        picks[s] += 1
+    picks[np.argmax(picks)] += MIX_BLOCK - int(picks.sum())
+    return picks.tolist()
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """Runs of tokens to copy: `count` inputs from `start` in `source` to `column` on of `lane`; each field (F,)."""
+
+    lane: Ints
+    column: Ints
+    source: Ints
+    start: Ints
+    count: Ints
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One window. `first` has one fragment for each lane, in lane order; `later` those after a document's end.
+
+    A document starts at (`reset_lane`, `reset_column`); column K there means that it starts the next window.
+    """
+
+    first: Fragments
+    later: Fragments
+    reset_lane: Ints
+    reset_column: Ints
+
+
+class Cursor:
+    """The position of some lanes: (ordinal, offset) of each, and the step from one window to the next.
+
+    `ordinal % stride` is the global lane. Between windows `offset` is always below the document's length.
+    """
+
+    def __init__(self, order: Locate, ordinal: Ints, offset: Ints, stride: int) -> None:
+        self._order, self._stride = order, stride
+        self.ordinal, self.offset = ordinal.copy(), offset.copy()
+        self.source, self.start, self.length = order(self.ordinal)
+
+    def advance(self, window: int) -> Plan:
+        """Moves every lane on by `window` inputs and says what they were."""
+        lane = np.arange(len(self.ordinal))
+        column = np.zeros_like(lane)
+        fresh = np.flatnonzero(self.offset == 0)
+        resets, rounds = [(fresh, column[fresh])], []
+        while lane.size:
+            offset = self.offset[lane]
+            count = np.minimum(self.length[lane] - offset, window - column)
+            rounds.append(Fragments(lane, column, self.source[lane], self.start[lane] + offset, count))
+            offset, column = offset + count, column + count
+            self.offset[lane] = offset
+            ended = np.flatnonzero(offset == self.length[lane])
+            lane, column = lane[ended], column[ended]
+            if lane.size:
+                self._next_document(lane)
+                resets.append((lane, column))
+                more = np.flatnonzero(column < window)
+                lane, column = lane[more], column[more]
+        none = np.zeros(0, dtype=np.int64)
+        later = [np.concatenate([none, *(getattr(r, f) for r in rounds[1:])]) for f in Fragments.__dataclass_fields__]
+        reset_lane, reset_column = (np.concatenate(parts) for parts in zip(*resets, strict=True))
+        return Plan(rounds[0], Fragments(*later), reset_lane, reset_column)
+
+    def _next_document(self, lane: Ints) -> None:
+        self.ordinal[lane] += self._stride
+        self.offset[lane] = 0
+        self.source[lane], self.start[lane], self.length[lane] = self._order(self.ordinal[lane])
+
+
+def runs(start: Ints, count: Ints) -> Ints:
+    """`start[i], start[i]+1, .. start[i]+count[i]-1` for every i, one after another."""
+    ends = np.cumsum(count)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(start - ends + count, count)

@@ -1,0 +1,55 @@
+"""Owns a corpus of several stores that train together."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from gptb_ds.data.documents import DocumentStore, open_store
+
+
+class Mixture:
+    """Several stores as one corpus, with the attributes of a store.
+
+    Without `weights` it reads like one large store: every document of all stores once an epoch. With weights each store
+    gives its share of the inputs (tokens and EOTs) and has epochs of its own.
+    """
+
+    def __init__(self, stores: Sequence[DocumentStore], weights: Sequence[float] | None) -> None:
+        first = stores[0]
+        for store in stores[1:]:
+            if store.manifest["tokenizer_fingerprint"] != first.manifest["tokenizer_fingerprint"]:
+                raise ValueError(
+                    f"{store.path} has the tokenizer {store.tokenizer}, {first.path} has {first.tokenizer};"
+                    " a mixture needs equal tokenizers: prepare one of them again with the other's"
+                )
+        self.stores = tuple(stores)
+        self.weights = None if weights is None else tuple(w / sum(weights) for w in weights)
+        self.path, self.split = first.path, first.split
+        self.tokenizer, self.vocab_size, self.eot_id = first.tokenizer, first.vocab_size, first.eot_id
+        self.num_documents = sum(store.num_documents for store in stores)
+        self.num_tokens = sum(store.num_tokens for store in stores)
+        self.num_bytes = sum(store.num_bytes for store in stores)
+        parts = [store.fingerprint for store in stores] + [repr(self.weights)]
+        self.fingerprint = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
+
+    @property
+    def bytes_per_target(self) -> float:
+        """Text bytes for each target over all stores, whatever their weights."""
+        return self.num_bytes / (self.num_tokens + self.num_documents)
+
+
+def open_corpus(
+    paths: Sequence[str | Path], weights: Sequence[float] | None = None, split: str = "train"
+) -> DocumentStore | Mixture:
+    """Opens the stores at `paths`: one store as it is, several as a mixture with a share of the inputs for each.
+
+    Raises ValueError: no path, a store that does not open, weights that do not fit, tokenizers that differ.
+    """
+    if not paths:
+        raise ValueError("data.path is empty; give a store made by gptb-ds prepare")
+    if weights is not None and (len(weights) != len(paths) or min(weights) <= 0):
+        raise ValueError(f"data.weights {list(weights)}: give one number above 0 for each of {len(paths)} stores")
+    stores = [open_store(path, split) for path in paths]
+    return stores[0] if len(stores) == 1 else Mixture(stores, weights)

@@ -1,0 +1,175 @@
+"""Owns the verb `prepare`: sources -> a tokenised, memory-mapped document store; and `--describe` of one."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from gptb_ds.data import tokenization
+from gptb_ds.data.corpus import Reading, Source, find_sources, open_source
+from gptb_ds.data.describe import describe
+from gptb_ds.data.documents import FORMAT, read_manifest, verify
+from gptb_ds.data.encoding import Encoder, Fields, read_documents
+from gptb_ds.data.writer import SplitWriter, replacing, write_manifest
+
+_PARALLEL_FROM = 32 << 20  # bytes of sources below which more processes cost more than they save
+_KEYS = 1 << 63
+
+
+def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `gptb-ds prepare`."""
+    add = parser.add_argument
+    add("--source", nargs="+", metavar="PATH_OR_NAME", help="text, .jsonl, .csv, .parquet, .arrow files (.gz and .zst"
+        " too), folders, globs, a saved or hub data set, or stdlib: the Python standard library's own sources")  # fmt: skip
+    add("--tokenizer", default="bytes", help="bytes, bpe:SIZE (trained on the corpus), a store, a folder or a hub name")
+    add("--out", metavar="DIR", help="folder of the new store")
+    add("--text-field", default="text", help="field of a record that holds its text")
+    add("--prompt-field", help="field of text that is read before it and does not count in the loss")
+    add("--ids-field", help="field of token ids, for records that are tokenised already (default input_ids with masks)")
+    add("--labels-field", help="field of labels: the token ids, -100 where a token does not count in the loss")
+    add("--loss-mask-field", help="field of 0 and 1: 1 where a token counts in the loss")
+    add("--separator", help="text that parts the documents inside text files (default: a file is a document)")
+    add("--holdout", type=float, default=0.05, help="share of the documents held out for evaluation")
+    add("--split", help="split of a data set that is read (default train)")
+    add("--name", help="configuration of a data set")
+    add("--streaming", action="store_true", help="read a data set as a stream instead of downloading it whole")
+    add("--on-error", choices=("stop", "skip"), default="stop", help="at a record that cannot be used")
+    add("--num-proc", type=int, help="processes that tokenise (default: all processors for a corpus of 32 MiB and more)")
+    add("--overwrite", action="store_true", help="replace a store at --out that was made from other inputs")
+    add("--describe", metavar="DIR", help="print what a store holds instead of making one")
+    add("--verify", action="store_true", help="with --describe: read the whole store and check every byte")
+    add("--lanes", type=int, help="with --describe: windows an epoch gives with so many lanes")
+    add("--window", type=int, help="with --describe: columns of a window (default 16)")
+    add("--max-document-tokens", type=int, help="with --describe: longer documents are cut into pieces")
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    """`gptb-ds prepare`. Returns 0; raises ValueError, a line for each error, for what the user has to change."""
+    if args.describe:
+        if args.verify:
+            verify(args.describe)
+        print(describe(Path(args.describe), args.lanes, args.window or 16, args.max_document_tokens))
+        if args.verify:
+            print("verified: every byte is as it was written")
+        return 0
+    errors = [f"--{name}: required" for name in ("source", "out") if not getattr(args, name)]
+    if not 0 <= args.holdout < 1:
+        errors.append(f"--holdout {args.holdout}: must be at least 0 and below 1")
+    if args.labels_field and args.loss_mask_field:
+        errors.append("--labels-field and --loss-mask-field: give one of them")
+    if args.separator == "":
+        errors.append("--separator: must not be empty")
+    if args.num_proc is not None and args.num_proc < 1:
+        errors.append(f"--num-proc {args.num_proc}: must be at least 1")
+    try:
+        tokenization.check_spec(args.tokenizer)
+    except ValueError as error:
+        errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
+    prepare(args)
+    return 0
+
+
+def prepare(args: argparse.Namespace) -> dict[str, Any]:
+    """Makes the store of `args` unless it is there already; returns its manifest. Safe to run twice at once."""
+    reading = Reading(args.split, args.name, args.streaming, args.separator)
+    sources = find_sources(args.source, reading)
+    recipe = _recipe(args, sources)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(out.parent / f".{out.name}.lock"):
+        manifest = _existing(out, recipe, args.overwrite)
+        if manifest is not None:
+            print(f"{out} is up to date: {_summary(manifest)}")
+            return manifest
+        with replacing(out) as work:
+            manifest = _build(args, sources, reading, recipe, work)
+    print(f"{out}: {_summary(manifest)}")
+    for kind, count in manifest["skipped"].items():
+        if count:
+            print(f"left out: {count} {kind}")
+    return manifest
+
+
+def _recipe(args: argparse.Namespace, sources: list[Source]) -> str:
+    """Equal when the same files (path, size, time of change) are prepared with the same options."""
+    files = [[source.kind, source.name, [_stamp(file) for file in source.files]] for source in sources]
+    tokenizer = [_stamp(file) for file in sorted(Path(args.tokenizer).rglob("*")) if file.is_file()]
+    names = "tokenizer text_field prompt_field ids_field labels_field loss_mask_field separator holdout split name on_error"
+    content = [FORMAT, files, tokenizer, [getattr(args, name) for name in names.split()]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+def _stamp(file: Path) -> list[Any]:
+    status = file.stat()
+    return [str(file.absolute()), status.st_size, status.st_mtime_ns]
+
+
+def _existing(out: Path, recipe: str, overwrite: bool) -> dict[str, Any] | None:
+    """The manifest of the store that is wanted, when it is there. Raises ValueError when something else is."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        manifest = read_manifest(out)
+    except ValueError:
+        if overwrite and (out / "store.json").is_file():
+            return None
+        raise ValueError(f"--out {out}: exists and is not a whole document store; choose another folder or remove it") from None
+    whole = all((out / n).is_file() and (out / n).stat().st_size == f["size"] for n, f in manifest["files"].items())
+    if manifest["recipe"] == recipe and whole:
+        return manifest
+    if overwrite:
+        return None
+    reason = "was made from other inputs or options" if whole else "is damaged"
+    raise ValueError(f"--out {out}: the store there {reason}; choose another folder or add --overwrite")
+
+
+def _fields(args: argparse.Namespace) -> Fields:
+    masked = args.labels_field or args.loss_mask_field
+    ids = args.ids_field or ("input_ids" if masked else None)
+    return Fields(args.text_field, args.prompt_field, ids, args.labels_field, args.loss_mask_field)
+
+
+def _build(
+    args: argparse.Namespace, sources: list[Source], reading: Reading, recipe: str, work: Path
+) -> dict[str, Any]:
+    import datasets
+
+    datasets.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    fields, cache = _fields(args), work / "cache"
+    raw = [(source, open_source(source, reading, fields.names(), cache)) for source in sources]
+    tokenizer = tokenization.load(args.tokenizer, _texts(raw, fields))
+    encoder_facts = Encoder(tokenizer, fields, "", True)
+    encoded = []
+    for number, (source, data) in enumerate(raw):
+        encoder = Encoder(tokenizer, fields, source.name, args.on_error == "stop")
+        encoded.append(_encode(data, encoder, _processes(args, sources), cache / f"encoded-{number}.arrow"))
+    facts = {
+        "recipe": recipe,
+        "sources": args.source,
+        "tokenizer": tokenization.describe(tokenizer),
+        "tokenizer_fingerprint": tokenization.fingerprint(tokenizer),
+        "vocab_size": encoder_facts.vocab_size,
+        "eot_id": encoder_facts.eot,
+        "dtype": encoder_facts.dtype,
+        "weighted": fields.weighted,
+        **_write(encoded, work, encoder_facts, fields.weighted, args.holdout),
+    }
+    if not facts["splits"]["train"]["documents"]:
+        raise ValueError(f"--source {' '.join(args.source)}: the corpus is empty; {_skips(facts['skipped'])}")
+    tokenizer.save_pretrained(work / "tokenizer")
+    import shutil
+
+    shutil.rmtree(cache)
+    return write_manifest(work, facts)

@@ -1,0 +1,121 @@
+"""Owns tokenizers: the byte tokenizer, any of transformers', and a BPE trained on the corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+END = "<|endoftext|>"
+
+
+def load(spec: str, texts: Iterator[str]) -> Any:
+    """The tokenizer of `--tokenizer`: `bytes`, `bpe:SIZE` (trained on `texts`), a store, a folder or a hub name.
+
+    Raises ValueError, in one line, when it cannot be had.
+    """
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    if spec == "bytes":
+        return ByT5Tokenizer(extra_ids=0)
+    if spec.startswith("bpe:"):
+        return _train_bpe(spec, texts)
+    folder = Path(spec)
+    if (folder / "store.json").is_file():
+        folder = folder / "tokenizer"
+    try:
+        return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else spec)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--tokenizer {spec}: no such tokenizer ({reason}); give bytes, bpe:SIZE, a folder or a hub name"
+        ) from None
+
+
+def check_spec(spec: str) -> None:
+    """Raises ValueError when a BPE's size is not usable, before any work is done."""
+    if spec.startswith("bpe:") and (not spec[4:].isdigit() or int(spec[4:]) < 257):
+        raise ValueError(f"--tokenizer {spec}: the size must be a number of at least 257 (256 bytes and the end of text)")
+
+
+def eot_id(tokenizer: Any) -> int:
+    """The token between documents: end of sequence, or beginning where there is none. Raises ValueError without both."""
+    for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if token is not None:
+            return int(token)
+    raise ValueError(
+        f"the tokenizer {describe(tokenizer)} has neither an end nor a beginning of sequence token to part documents;"
+        " set its eos_token and save it again"
+    )
+
+
+def vocab_size(tokenizer: Any) -> int:
+    """Embedding rows that the ids need: the largest id and one."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+def describe(tokenizer: Any) -> str:
+    """A short name for people."""
+    if is_bytes(tokenizer):
+        return "bytes"
+    return f"{tokenizer.name_or_path or 'bpe'} ({len(tokenizer)} tokens)"
+
+
+def is_bytes(tokenizer: Any) -> bool:
+    """Whether text is encoded as its UTF-8 bytes, three above their values (ByT5, Xue et al. 2022)."""
+    return type(tokenizer).__name__ == "ByT5Tokenizer"
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Equal for tokenizers that give equal ids, wherever they came from."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    facts = [
+        type(tokenizer).__name__ if backend is None else json.loads(backend.to_str()),
+        sorted(tokenizer.get_vocab().items()),
+        eot_id(tokenizer),
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
+    """Token ids of each text. Text that spells a special token is text: it never becomes that token.
+
+    Raises UnicodeEncodeError for a text with a lone surrogate.
+    """
+    if is_bytes(tokenizer):
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) + 3 for text in texts]
+    for text in texts:
+        text.encode()
+    ids = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return [np.asarray(row, dtype=np.int64) for row in ids]
+
+
+def _train_bpe(spec: str, texts: Iterator[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    check_spec(spec)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=int(spec[4:]),
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=2,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)

@@ -1,0 +1,92 @@
+"""Owns the way out of a run: loads a model from a run, a checkpoint or an exported folder, and exports it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from gptb_ds.config import Config
+from gptb_ds.model.configuration import GPTBConfig
+from gptb_ds.model.modeling import GPTBLMHeadModel
+from gptb_ds.training.checkpoint import CheckpointReader, checkpoint_folders, newest_good, verify
+from gptb_ds.training.world import World
+
+
+def load_any(path: str) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
+    """Model (float32, eval mode) and tokenizer of a run (its newest good checkpoint), a checkpoint or an export.
+
+    Raises ValueError saying what the folder lacks.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        model = GPTBLMHeadModel.from_pretrained(folder)
+        return model.eval(), AutoTokenizer.from_pretrained(folder)
+    if checkpoint_folders(folder):
+        good, passed_over = newest_good(folder, World())
+        if good is None:
+            raise ValueError("\n".join([f"{folder}: no checkpoint verifies", *passed_over]))
+        return _load_checkpoint(good)
+    if (folder / "manifest.json").is_file():
+        verify(folder)
+        return _load_checkpoint(folder)
+    raise ValueError(
+        f"{path}: no run with checkpoints, no checkpoint and no exported folder (config.json);"
+        " train first, or check the path"
+    )
+
+
+def model_configuration(config: Config, vocab_size: int, eot_id: int) -> GPTBConfig:
+    """The model that a run's configuration describes, over a store's vocabulary."""
+    model = config.model
+    return GPTBConfig(
+        vocab_size=vocab_size,
+        n_positions=model.num_slots,
+        num_slots=model.num_slots,
+        n_layer=model.n_layer,
+        n_head=model.n_head,
+        n_embd=model.n_embd,
+        rebias=model.rebias,
+        resid_pdrop=model.dropout,
+        embd_pdrop=model.dropout,
+        attn_pdrop=model.dropout,
+        bos_token_id=eot_id,
+        eos_token_id=eot_id,
+    )
+
+
+def _load_checkpoint(folder: Path) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
+    run = folder.parent.parent
+    try:
+        config = Config.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run / 'config.yaml'}: the run's configuration cannot be read: {error}") from None
+    reader = CheckpointReader(folder)
+    identity = reader.manifest.identity
+    model = GPTBLMHeadModel(model_configuration(config, identity["vocab_size"], identity["eot_id"]))
+    parameters = dict(model.named_parameters())
+    reader.check_model({name: tuple(p.shape) for name, p in parameters.items()})
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(reader.fetch("weight", name))
+    return model.eval(), AutoTokenizer.from_pretrained(run / "tokenizer", local_files_only=True)
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a run or a checkpoint")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder that `transformers` can load")
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """The verb `export`. Raises ValueError for a model that can't be used or a folder that has something in it."""
+    out = Path(args.out)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out {out}: is not empty; name a new folder")
+    model, tokenizer = load_any(args.model)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    print(f"exported {args.model} to {out}")
+    return 0

@@ -1,0 +1,79 @@
+"""Owns GPTB's model configuration: GPT-2's keys plus `num_slots` and `rebias`, and the checks on them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+from transformers import GPT2Config
+
+
+class GPTBConfig(GPT2Config):
+    """GPT-2's configuration with the two keys of the recurrence.
+
+    `num_slots` (S) counts the positions that the blocks run over: S-1 state vectors and one token. `rebias` lets every
+    slot attend to every other; without it attention is causal and the model is memoryless (`warn_if_memoryless`).
+    `dropout=p` sets GPT-2's `resid_pdrop`, `embd_pdrop` and `attn_pdrop` together.
+
+    Raises ValueError when `num_slots` is below 2 or beyond `n_positions`, or `n_head` does not divide `n_embd`.
+    """
+
+    model_type = "gptb"
+
+    num_slots: int = 20
+    rebias: bool = True
+    # GPT-2's own default ids lie outside any smaller vocabulary.
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, dropout: float | None = None, **kwargs: Any) -> None:
+        if dropout is not None:
+            self.resid_pdrop = self.embd_pdrop = self.attn_pdrop = dropout
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError for the first thing that is wrong; the model calls it again when it is built."""
+        slots, positions = self.num_slots, self.n_positions
+        if isinstance(slots, bool) or not isinstance(slots, int) or slots < 2:
+            raise ValueError(f"num_slots is {slots!r}; it must be a whole number of at least 2 (one state, one token)")
+        if slots > positions:
+            raise ValueError(
+                f"num_slots {slots} is beyond n_positions {positions}; lower num_slots or raise n_positions"
+            )
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; choose a multiple")
+
+
+def as_gptb_config(config: GPT2Config) -> GPTBConfig:
+    """A `GPTBConfig` of its own for the model, from a `GPTBConfig` or a plain `GPT2Config`, which stays as it was.
+
+    A plain configuration may carry `rebias` and `num_slots` as hand-set attributes, or the original's `max_length` for
+    the latter; what is missing takes GPTB's default.
+
+    Raises ValueError for a configuration that is not GPT-2's, or that `GPTBConfig` refuses.
+    """
+    if isinstance(config, GPTBConfig):
+        own = copy.deepcopy(config)
+        own.check()
+        return own
+    if not isinstance(config, GPT2Config):
+        raise ValueError(f"GPTB is built from a GPTBConfig or a GPT2Config, not from {type(config).__name__}")
+    values = config.to_dict()
+    values.pop("model_type", None)
+    max_length = values.pop("max_length", None)
+    if "num_slots" not in values and max_length is not None:
+        values["num_slots"] = max_length
+    return GPTBConfig(**values, **{"attn_implementation": config._attn_implementation})
+
+
+def warn_if_memoryless(config: GPT2Config) -> None:
+    """Warns when `config` has `rebias` off: position S-1 is then hidden from the state, so no token can reach it."""
+    if not getattr(config, "rebias", True):
+        warnings.warn(
+            "rebias=False makes attention between slots causal: no token ever reaches the state, so the model is"
+            " memoryless (each prediction sees one token). Set rebias=True to train a recurrent model.",
+            UserWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,31 @@
+"""Owns how a rank speaks of its own end: once, with its name, and not when it only echoes another's."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import torch.distributed as dist
+
+from gptb_ds.training.world import World
+
+# What torch's backends say when the other side of a connection is gone.
+_ECHOES = ("gloo", "nccl", "connection", "tcpstore", "socket", "timed out", "peer")
+
+
+def report(error: BaseException, world: World) -> None:
+    """Prints a fault on standard error: its traceback, or one line when another rank's end caused it."""
+    me = f"[rank {world.rank} on {world.host}]" if world.size > 1 else "gptb-ds train:"
+    if world.size > 1 and _is_echo(error):
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        text = f"{me} lost contact with another rank, stopping ({first[:200]})"
+    else:
+        lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
+        text = "\n".join(f"{me} {line}" if world.size > 1 else line for line in lines)
+    print(text, file=sys.stderr, flush=True)
+
+
+def _is_echo(error: BaseException) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    return type(error) is RuntimeError and any(word in str(error).lower() for word in _ECHOES)

@@ -1,0 +1,106 @@
+"""Owns what a run reports: `metrics.jsonl`, the progress line and DeepSpeed's monitor."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gptb_ds.files import replace_file
+
+# What a metrics line says about speed: everything else is reproducible to the last digit on the same ranks.
+SPEEDS = frozenset({"tokens_per_second", "wait_fraction"})
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, appended as it happens. Only rank 0 has one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def cut_after(self, update: int) -> None:
+        """Drops the lines of later updates: training goes on from there and will write them again."""
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            # A killed run may leave half a line at the end.
+            if line.endswith("\n") and json.loads(line)["update"] <= update:
+                kept.append(line)
+        self._file.close()
+        replace_file(self.path, "".join(kept).encode())
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        # NaN is not JSON: a loss that is not finite is null.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Puts every line on the disk: done before a checkpoint claims that they are there."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; half a line at the end is left out. Raises ValueError naming a broken line."""
+    lines = []
+    text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            lines.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a JSON line: {error}") from None
+    return lines
+
+
+class Progress:
+    """The line a person watches: a bar on a terminal, plain lines otherwise."""
+
+    def __init__(self, updates: int, done: int, log_every: int, write: Callable[[str], None] | None = None) -> None:
+        self._updates, self._log_every, self._first, self._started = updates, log_every, done, time.monotonic()
+        self._bar: tqdm | None = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True, smoothing=0.05)
+        self._write = write or (lambda text: print(text, flush=True))
+
+    def update(self, line: dict[str, Any], bits_per_byte: float) -> None:
+        parts = (
+            f"loss {line['loss']:.4f} | bpb {bits_per_byte:.3f} | grad {line['grad_norm']:.3f} | lr {line['lr']:.2e}"
+            f" | {line['tokens_per_second']:,.0f} tok/s"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(parts, refresh=False)
+            self._bar.update(line["update"] - self._bar.n)
+        elif line["update"] % self._log_every == 0 or line["update"] in (1, self._updates):
+            rate = (time.monotonic() - self._started) / (line["update"] - self._first)
+            eta = _duration(rate * (self._updates - line["update"]))
+            self._write(f"update {line['update']}/{self._updates} | {parts} | ETA {eta}")
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            self._write(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,83 @@
+"""Owns the training objective: the loss of one window of columns, and where back-propagation through time stops.
+
+Axes: B lanes of this rank or lane group, K steps, S slots, E embedding, V vocabulary, R = K*B rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from gptb_ds.model.modeling import GPTBLMHeadModel
+
+# Logits kept for the backward pass at once: above so many, the head is recomputed piece by piece.
+HEAD_ELEMENTS = 1 << 26
+
+
+class WindowObjective(nn.Module):
+    """Truncated back-propagation through time over one window (Williams and Peng 1990, doi 10.1162/neco.1990.2.4.490).
+
+    The model steps through the K columns; the head and the cross-entropy run once over all K*B last-slot vectors; the
+    state that leaves the window is detached, so no gradient ever crosses its edge.
+    """
+
+    def __init__(self, model: GPTBLMHeadModel, recompute_every: int = 0) -> None:
+        """`recompute_every` = c > 0 keeps only the states of every c-th step and recomputes inside."""
+        super().__init__()
+        self.model = model
+        self.recompute_every = recompute_every
+
+    def forward(
+        self,
+        input_ids_KB: torch.Tensor,
+        targets_KB: torch.Tensor,
+        reset_KB: torch.Tensor,
+        state_BSE: torch.Tensor,
+        weights_KB: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The SUM of the (weighted) cross-entropy in nats over the window, float32, and the detached new state.
+
+        Shapes: ids, targets, reset and weights (K, B); state (B, S-1, E). A mean of per-rank means would be wrong when
+        ranks count different numbers of targets; the caller divides by the global count.
+        """
+        hidden_BKE, new_state_BSE = self.model.transformer(
+            input_ids_KB.t(),
+            past_hidden_states=state_BSE,
+            reset=reset_KB.t(),
+            recompute_every=self.recompute_every if torch.is_grad_enabled() else 0,
+        )
+        hidden_RE = hidden_BKE.transpose(0, 1).reshape(-1, hidden_BKE.shape[-1])
+        weights_R = None if weights_KB is None else weights_KB.reshape(-1)
+        loss = self._head_loss(hidden_RE, targets_KB.reshape(-1), weights_R)
+        return loss, new_state_BSE.detach()
+
+    def _head_loss(
+        self, hidden_RE: torch.Tensor, targets_R: torch.Tensor, weights_R: torch.Tensor | None
+    ) -> torch.Tensor:
+        rows = max(1, HEAD_ELEMENTS // self.model.config.vocab_size)
+        if hidden_RE.shape[0] <= rows:
+            return self._rows_loss(hidden_RE, targets_R, weights_R)
+        loss = hidden_RE.new_zeros((), dtype=torch.float32)
+        for start in range(0, hidden_RE.shape[0], rows):
+            part = slice(start, start + rows)
+            weights = None if weights_R is None else weights_R[part]
+            loss = loss + checkpoint(
+                self._rows_loss,
+                hidden_RE[part],
+                targets_R[part],
+                weights,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        return loss
+
+    def _rows_loss(
+        self, hidden_RE: torch.Tensor, targets_R: torch.Tensor, weights_R: torch.Tensor | None
+    ) -> torch.Tensor:
+        logits_RV = self.model.lm_head(hidden_RE)
+        logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+        if weights_R is None:
+            return F.cross_entropy(logits_RV, targets_R, reduction="sum")
+        return (F.cross_entropy(logits_RV, targets_R, reduction="none") * weights_R).sum()

@@ -1,0 +1,275 @@
+"""Owns the assembly of a training run: from a configuration to a trainer, and from its end to an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from gptb_ds.config import Config, ConfigError, divisors, save_config
+from gptb_ds.data.collator import LaneCollator, Prefetcher, held_out_windows
+from gptb_ds.data.documents import load_tokenizer
+from gptb_ds.data.mixture import open_corpus
+from gptb_ds.evaluation import held_out_loss, metrics_of
+from gptb_ds.export import model_configuration
+from gptb_ds.files import replace_file
+from gptb_ds.generation import generate
+from gptb_ds.model.configuration import warn_if_memoryless
+from gptb_ds.model.modeling import GPTBLMHeadModel, warm_start
+from gptb_ds.training.checkpoint import (
+    CheckpointReader,
+    changed_settings,
+    check_identity,
+    checkpoint_folders,
+    newest_good,
+    verify_together,
+)
+from gptb_ds.training.engine import Engine, read_policy, zero_stage
+from gptb_ds.training.faults import report
+from gptb_ds.training.metrics import MetricsLog
+from gptb_ds.training.objective import WindowObjective
+from gptb_ds.training.preemption import STOPPED, StopRequests
+from gptb_ds.training.run_folder import RunFolder
+from gptb_ds.training.trainer import Plan, Trainer, TrainingError
+from gptb_ds.training.watchdog import Watchdog
+from gptb_ds.training.world import World, derive_seed, join, leave
+
+DONE, FAULT, USAGE = 0, 1, 2
+Say = Callable[[str], None]
+
+
+def train(config: Config) -> int:
+    """Trains as `config` says on the ranks that a launcher started; returns the exit code.
+
+    Raises ValueError for what the user gave. With several ranks, or at a fault, the process ends at once instead: ranks
+    that wait in a collective are freed by the launcher, or by the closed connection.
+    """
+    started = time.time()
+    with StopRequests() as stop:
+        world = join(2 * config.run.hang_seconds)
+        try:
+            code = _train(config, world, stop, started)
+            leave(world)
+            return code
+        except (ValueError, TrainingError, OSError) as error:
+            if world.size == 1 and isinstance(error, ValueError):
+                raise
+            if world.rank == 0:
+                for line in str(error).splitlines():
+                    print(f"gptb-ds train: {line}", file=sys.stderr)
+            code = USAGE if isinstance(error, ValueError) else FAULT
+        except BaseException as error:
+            report(error, world)
+            code = FAULT
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _train(config: Config, world: World, stop: StopRequests, started: float) -> int:
+    say: Say = (lambda text: print(text, flush=True)) if world.rank == 0 else (lambda text: None)
+    inputs = world.together(_read_inputs, config, world)
+    folder = RunFolder(config.run.dir, world)
+    watchdog = Watchdog(world, config.run.hang_seconds).start()
+    stop.watch(
+        folder.path / "stop" if world.rank == 0 else None, config.run.max_seconds, started, config.run.stop_margin
+    )
+    plan = inputs.plan
+    checkpoint = _choose_checkpoint(config.run.resume, world, folder, say)
+    reader = None
+    if checkpoint is not None:
+        reader = CheckpointReader(checkpoint)
+        check_identity(reader.manifest, plan.identity, checkpoint)
+        changes = "; ".join(changed_settings(reader.manifest, plan.setting))
+        say(
+            f"resuming from {checkpoint} (update {reader.manifest.step})" + (f"; changed: {changes}" if changes else "")
+        )
+    engine = Engine(
+        WindowObjective(inputs.model, config.train.recompute_every),
+        world,
+        lanes=config.data.lanes // world.size,
+        lane_groups=config.train.lane_groups,
+        precision=config.train.precision,
+        optim=config.optim,
+        policy=inputs.policy,
+        monitor=_monitor(config, folder.path),
+    )
+    if config.train.compile:
+        inputs.model.compile_step()
+    windows = Prefetcher(inputs.collator)
+    trainer = Trainer(
+        plan,
+        world,
+        engine,
+        windows,
+        _empty_state(config, config.data.lanes // world.size, engine),
+        optim=config.optim,
+        train=config.train,
+        run=config.run,
+        stop=stop,
+        log=MetricsLog(folder.path / "metrics.jsonl") if world.rank == 0 else None,
+        watchdog=watchdog,
+        evaluate=lambda: _evaluate(config, world, engine, inputs.held_out),
+        sample=lambda: _sample(config, engine, inputs.tokenizer, inputs.held_out.eot_id),
+    )
+    if reader is not None:
+        trainer.resume(reader)
+    if trainer.log:
+        trainer.log.cut_after(trainer.at.update)
+        replace_file(folder.path / "config.yaml", save_config(config).encode())
+        inputs.tokenizer.save_pretrained(folder.path / "tokenizer")
+    say(_headline(config, world, engine, trainer.at.update))
+    try:
+        reason = trainer.loop()
+    finally:
+        watchdog.stop()
+        windows.close()
+    folder.release()
+    if reason is None:
+        say(f"done: {config.train.updates} updates, run in {folder.path}")
+        return DONE
+    say(f"stopped after update {trainer.at.update}: {reason}; the same command continues")
+    return STOPPED
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    model: GPTBLMHeadModel
+    tokenizer: PreTrainedTokenizerBase
+    collator: LaneCollator
+    held_out: Any
+    policy: dict[str, Any]
+    plan: Plan
+
+
+def _read_inputs(config: Config, world: World) -> _Inputs:
+    """Everything that this rank can read and build on its own. Raises ValueError."""
+    _check_lanes(config, world)
+    policy = read_policy(config.deepspeed_config)
+    corpus = open_corpus(config.data.path, config.data.weights, "train")
+    torch.manual_seed(derive_seed(config.train.seed, "initialisation"))
+    configuration = model_configuration(config, corpus.vocab_size, corpus.eot_id)
+    warn_if_memoryless(configuration)
+    model = (
+        warm_start(configuration, config.model.init_from) if config.model.init_from else GPTBLMHeadModel(configuration)
+    )
+    collator = LaneCollator(
+        corpus,
+        lanes=config.data.lanes,
+        window=config.data.window,
+        seed=config.data.seed,
+        rank=world.rank,
+        world_size=world.size,
+        max_document_tokens=config.data.max_document_tokens,
+    )
+    identity = {
+        "data": collator.fingerprint,
+        "tokenizer": corpus.tokenizer,
+        "vocab_size": corpus.vocab_size,
+        "eot_id": corpus.eot_id,
+        "data.lanes": config.data.lanes,
+        "data.window": config.data.window,
+        "data.seed": config.data.seed,
+        "train.seed": config.train.seed,
+        "n_positions": model.config.n_positions,
+    } | {f"model.{key}": getattr(config.model, key) for key in ("num_slots", "n_layer", "n_head", "n_embd", "rebias")}
+    setting = {f"optim.{key}": value for key, value in config.optim.model_dump().items()}
+    setting |= {f"train.{key}": value for key, value in config.train.model_dump().items() if key != "seed"}
+    setting |= {"model.dropout": config.model.dropout, "world_size": world.size, "zero_stage": zero_stage(policy)}
+    plan = Plan(config.data.lanes, config.data.window, corpus.bytes_per_target, identity, setting)
+    held_out = open_corpus(config.data.path, config.data.weights, "validation")
+    return _Inputs(model.train(), load_tokenizer(config.data.path[0]), collator, held_out, policy, plan)
+
+
+def _check_lanes(config: Config, world: World) -> None:
+    lanes, groups = config.data.lanes, config.train.lane_groups
+    if lanes % (world.size * groups):
+        valid = [d for d in divisors(lanes) if d % groups == 0]
+        each = [d // groups for d in valid]
+        raise ConfigError(
+            f"data.lanes {lanes} cannot be shared by {world.size} ranks with train.lane_groups {groups}: use"
+            f" {' or '.join(map(str, each))} ranks, or a multiple of {world.size * groups} as data.lanes"
+        )
+
+
+def _choose_checkpoint(resume: str, world: World, folder: RunFolder, say: Say) -> Path | None:
+    """The checkpoint to continue from. What the choice leaves behind is set aside, not deleted."""
+    run = folder.path
+    if resume == "auto":
+        found, passed_over = newest_good(run, world)
+        for line in passed_over:
+            say(f"passed over {line}")
+        return found
+    if resume == "never":
+        found, newer = None, [run / "checkpoints", run / "metrics.jsonl", run / "config.yaml"]
+    else:
+        found = Path(resume)
+        step = verify_together(found, world).step
+        own = world.from_first(found.resolve().parent.parent == run.resolve())
+        newer = [p for p in world.on_first(checkpoint_folders, run) if not own or int(p.name.split("-")[1]) > step]
+    kept = folder.set_aside(newer)
+    if kept:
+        say(f"what this run had saved beyond that is now in {kept}")
+    return found
+
+
+def _empty_state(config: Config, lanes: int, engine: Engine) -> torch.Tensor:
+    """Zeros (lanes, S-1, E): every lane starts with a reset, which replaces them."""
+    model = config.model
+    return torch.zeros((lanes, model.num_slots - 1, model.n_embd), dtype=engine.dtype, device=engine.world.device)
+
+
+def _evaluate(config: Config, world: World, engine: Engine, held_out: Any) -> dict[str, float]:
+    lanes = config.data.lanes // config.train.lane_groups
+    windows = held_out_windows(
+        held_out,
+        lanes=lanes,
+        window=config.data.window,
+        rank=world.rank,
+        world_size=world.size,
+        max_tokens=config.run.eval_tokens,
+    )
+    engine.objective.eval()
+    # A compiled step would be compiled once more for evaluation; it isn't worth it.
+    with torch.compiler.set_stance("force_eager"):
+        state = _empty_state(config, lanes // world.size, engine)
+        loss, _ = held_out_loss(engine.objective, windows, state, world)
+    engine.objective.train()
+    return metrics_of(loss, held_out.bytes_per_target)
+
+
+def _sample(config: Config, engine: Engine, tokenizer: PreTrainedTokenizerBase, eot_id: int) -> str:
+    """A text from the model as it is. All ranks take part: at stage 3 no rank has the weights alone."""
+    engine.objective.eval()
+    with torch.compiler.set_stance("force_eager"):
+        seed = derive_seed(config.train.seed, "sample")
+        tokens = list(generate(engine.model, [], config.run.sample_tokens, seed=seed))
+    engine.objective.train()
+    return str(tokenizer.decode([t for t in tokens if t != eot_id]))
+
+
+def _monitor(config: Config, run: Path) -> dict[str, Any]:
+    """DeepSpeed's configuration of the metric sinks."""
+    places = {
+        "tensorboard": ("tensorboard", {"output_path": str(run / "tensorboard"), "job_name": run.name}),
+        "csv": ("csv_monitor", {"output_path": str(run / "csv"), "job_name": run.name}),
+        "wandb": ("wandb", {"project": "gptb-ds", "group": run.name}),
+    }
+    return {places[name][0]: {"enabled": True} | places[name][1] for name in config.run.monitor}
+
+
+def _headline(config: Config, world: World, engine: Engine, update: int) -> str:
+    parameters = sum(torch.Size(shape).numel() for shape in engine.parameter_shapes().values())
+    return (
+        f"{parameters / 1e6:.2f} M parameters, {config.model.num_slots} slots; {config.data.lanes} lanes x"
+        f" {config.data.window} columns = {config.data.lanes * config.data.window:,} tokens an update;"
+        f" {world.size} rank(s) on {world.device.type}, ZeRO {engine.stage}, {config.train.precision};"
+        f" updates {update} to {config.train.updates}"
+    )

@@ -1,0 +1,167 @@
+"""Owns the writing of checkpoints: a snapshot while training waits, the files behind its back, the manifest last."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from gptb_ds.files import new_file, replace_file, sha256_of, sync_folder
+from gptb_ds.training.checkpoint import CheckpointError, Manifest, checkpoint_folder, checkpoint_folders, read_manifest
+from gptb_ds.training.world import World
+
+# So many ranks write files; the others hand their lanes to one of them. A thousand ranks are not a thousand files.
+MAX_WRITERS = 32
+
+
+def writer_blocks(world_size: int, max_writers: int = MAX_WRITERS) -> list[range]:
+    """The ranks in blocks of neighbours; the first of each block writes for it."""
+    size = -(-world_size // max_writers)
+    return [range(start, min(start + size, world_size)) for start in range(0, world_size, size)]
+
+
+def assign_parameters(shapes: dict[str, tuple[int, ...]], writers: list[int]) -> dict[str, int]:
+    """Which writer saves each parameter: runs of about equal numbers of elements, in the given order."""
+    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    total, before, owner = max(1, sum(sizes.values())), 0, {}
+    for name, size in sizes.items():
+        owner[name] = writers[min(len(writers) - 1, (before + size // 2) * len(writers) // total)]
+        before += size
+    return owner
+
+
+class Saver:
+    """Writes one checkpoint at a time. Every rank calls each method at the same update's edge."""
+
+    def __init__(self, run: Path, world: World, keep: int) -> None:
+        self._run, self._world, self._keep = run, world, keep
+        self._blocks = writer_blocks(world.size)
+        self._block = next(block for block in self._blocks if world.rank in block)
+        self._thread: threading.Thread | None = None
+        self._manifest: Manifest | None = None
+        self._entries: dict[str, dict[str, int | str]] = {}
+        self._error: OSError | None = None
+
+    @property
+    def writers(self) -> list[int]:
+        return [block[0] for block in self._blocks]
+
+    @property
+    def step(self) -> int:
+        """The update whose checkpoint is in flight."""
+        assert self._manifest is not None
+        return self._manifest.step
+
+    def folder(self, step: int) -> Path:
+        return checkpoint_folder(self._run, step)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is begun and not completed."""
+        return self._manifest is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's files are on the disk (or have failed)."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def begin(
+        self,
+        manifest: Manifest,
+        parameters: dict[str, dict[str, torch.Tensor]],
+        lanes: dict[str, torch.Tensor],
+        random_state: dict[str, torch.Tensor],
+    ) -> None:
+        """Takes the CPU tensors, which must not change afterwards, and writes them in the background.
+
+        `parameters` is Engine.export of this rank's share; `lanes` and `random_state` are this rank's.
+        Raises OSError on all ranks when the folder can't be made.
+        """
+        assert not self.busy, "finish the checkpoint before"
+        folder = checkpoint_folder(self._run, manifest.step)
+        self._world.on_first(_clear, folder)
+        leader, ranks = self._block[0], f"{self._block[0]:06d}-{self._block[-1] + 1:06d}"
+        lanes = {k: v.flatten(0, 1) for k, v in self._world.to_leader(lanes, leader, self._block).items()}
+        random_state = self._world.to_leader(random_state, leader, self._block)
+        files: dict[str, dict[str, torch.Tensor]] = {}
+        if self._world.rank == leader:
+            per_rank = manifest.lanes // self._world.size
+            span = f"{self._block[0] * per_rank:09d}-{(self._block[-1] + 1) * per_rank:09d}"
+            number = f"{self._blocks.index(self._block):05d}-of-{len(self._blocks):05d}"
+            files[f"lanes-{span}"] = lanes
+            files[f"rng-{ranks}"] = random_state
+            if parameters["weight"]:
+                files[f"model-{number}"] = parameters["weight"]
+                moments = [kind for kind in parameters if kind != "weight"]
+                files[f"optimizer-{number}"] = {
+                    f"{kind}/{name}": tensor for kind in moments for name, tensor in parameters[kind].items()
+                }
+        self._manifest, self._entries, self._error = manifest, {}, None
+        self._thread = threading.Thread(target=self._write, args=(folder, files), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> Path:
+        """Waits for the files, then writes the manifest and deletes old checkpoints. Returns the folder.
+
+        Raises OSError on all ranks when a file could not be written; what was there before is untouched.
+        """
+        assert self._manifest is not None and self._thread is not None
+        self._thread.join()
+        manifest, self._manifest, self._thread = self._manifest, None, None
+        folder = checkpoint_folder(self._run, manifest.step)
+        results = self._world.gather((str(self._error) if self._error else None, self._entries))
+        problems = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(results) if problem]
+        if problems:
+            self._world.on_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+            raise OSError(f"checkpoint {folder} could not be written: {'; '.join(problems)}")
+        files = {name: entry for _, entries in results for name, entry in entries.items()}
+        self._world.on_first(self._complete, folder, replace(manifest, files=files))
+        return folder
+
+    def _write(self, folder: Path, files: dict[str, dict[str, torch.Tensor]]) -> None:
+        try:
+            for name, tensors in files.items():
+                path = folder / f"{name}.safetensors"
+                with new_file(path) as temporary:
+                    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+                    digest = sha256_of(temporary)
+                self._entries[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+        except Exception as error:  # any failure must reach the training loop, which is not this thread
+            self._error = error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")
+
+    def _complete(self, folder: Path, manifest: Manifest) -> None:
+        replace_file(folder / "manifest.json", manifest.to_json())
+        sync_folder(folder.parent)
+        prune(self._run, self._keep)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Deletes all but the `keep` newest complete checkpoints, and what interrupted saves older than those left."""
+    good = 0
+    for folder in checkpoint_folders(run):
+        if good >= keep:
+            _remove(folder)
+            continue
+        try:
+            read_manifest(folder)
+            good += 1
+        except CheckpointError:
+            continue
+
+
+def _remove(folder: Path) -> None:
+    # Without its manifest it is no checkpoint any more, whatever is interrupted next.
+    (folder / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """An empty folder: what an interrupted save of this step left is removed."""
+    if folder.exists():
+        _remove(folder)
+    folder.mkdir(parents=True)
+    sync_folder(folder.parent)

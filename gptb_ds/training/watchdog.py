@@ -1,0 +1,76 @@
+"""Owns the detection of a job that hangs: who waits, who is missing, and an end to it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from gptb_ds.training.world import World
+
+FAULT = 70  # exit code of a rank that ends itself because the job hangs (EX_SOFTWARE)
+
+
+class Watchdog:
+    """Ends this rank when training makes no progress for `limit` seconds, and names the ranks that are missing.
+
+    Each rank prints where its main thread stands; then all meet on a group of their own, and rank 0 names those that do
+    not come (a stopped process, a dead host, a lost link). Backends differ in what they do on a time-out (NCCL aborts,
+    gloo raises, some wait for ever): this does not depend on them.
+    """
+
+    def __init__(self, world: World, limit: float, meeting_seconds: float = 10.0) -> None:
+        """`limit` in seconds; every rank must build one, at the same place."""
+        self._world, self._limit, self._meeting = world, limit, timedelta(seconds=meeting_seconds)
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._main = threading.main_thread().ident
+        self._stage, self._since = "start", time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def renew(self, stage: str) -> None:
+        """Progress: `stage` is done."""
+        self._stage, self._since = stage, time.monotonic()
+
+    def stop(self) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self._limit / 4)):
+            if time.monotonic() - self._since > self._limit:
+                self._end()
+
+    def _end(self) -> None:
+        me = f"[rank {self._world.rank} on {self._world.host}]"
+        print(
+            f"{me} no progress for {self._limit:.0f} s since {self._stage}; waiting at {self._place()}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if self._group is not None:
+            try:
+                dist.monitored_barrier(self._group, timeout=self._meeting, wait_all_ranks=True)
+            except Exception as error:  # it is the message that names the ranks, whatever the type
+                text = str(error).splitlines()[0] if str(error) else repr(error)
+                if self._world.rank == 0:
+                    print(f"{me} ranks that do not answer: {text}", file=sys.stderr, flush=True)
+                else:
+                    print(f"{me} rank 0 does not answer, or a rank is missing: {text}", file=sys.stderr, flush=True)
+        os._exit(FAULT)
+
+    def _place(self) -> str:
+        """The innermost line of ours that the main thread is in."""
+        frame = sys._current_frames().get(self._main or 0)
+        stack = traceback.extract_stack(frame) if frame else []
+        ours = [f for f in stack if Path(f.filename).parent.parent.name == "gptb_ds"] or stack
+        return f"{Path(ours[-1].filename).name}:{ours[-1].lineno} ({ours[-1].name})" if ours else "an unknown place"
