@@ -39,10 +39,10 @@ launcher=$!
 # shellcheck disable=SC2317  # the traps call it
 ask_for_checkpoint() {
     trap 'kill -TERM "$launcher"' INT
-    # The port tells our launcher on each host from any other; the ranks are its children.
-    local hosts mine="deepspeed[.]launcher[.]launch .*--master_port=$port "
-    hosts=$(sed -n 's/^\([^#[:space:]]\{1,\}\)[[:space:]]\{1,\}slots=.*/\1/p' "$hostfile" | paste -sd,)
-    PDSH_SSH_ARGS_APPEND="$PDSH_SSH_ARGS_APPEND${SSH_PORT:+ -p $SSH_PORT}" pdsh -R ssh -w "$hosts" \
+    # One rank is enough, they agree. The port tells our launcher there from any other; the ranks are its children.
+    local first mine="deepspeed[.]launcher[.]launch .*--master_port=$port "
+    first=$(sed -n 's/^\([^#[:space:]]\{1,\}\)[[:space:]]\{1,\}slots=.*/\1/p' "$hostfile" | head -n 1)
+    PDSH_SSH_ARGS_APPEND="$PDSH_SSH_ARGS_APPEND${SSH_PORT:+ -p $SSH_PORT}" pdsh -R ssh -w "$first" \
         "pkill -TERM -P \$(pgrep -d, -f '$mine')" >/dev/null 2>&1
 }
 trap ask_for_checkpoint TERM INT HUP USR1 USR2

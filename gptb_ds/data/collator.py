@@ -52,7 +52,7 @@ class LaneCollator:
         world_size: int = 1,
         max_document_tokens: int | None = None,
     ) -> None:
-        """`lanes` is L, of all ranks. Raises ValueError when the ranks don't divide it or the weights leave a store none."""
+        """`lanes` is L, of all ranks. Raises ValueError when the ranks don't divide it."""
         own = rank_lanes(lanes, rank, world_size)
         self.corpus, self.lanes, self.window = corpus, lanes, window
         pieces = [Pieces(store.offsets, max_document_tokens) for store in corpus.stores]

@@ -128,7 +128,9 @@ def open_source(source: Source, reading: Reading, columns: list[str], cache: Pat
 
     if source.kind in ("text", "json", "csv"):
         string = datasets.Value("string")
-        features = datasets.Features({_RAW[source.kind]: datasets.Value("large_binary"), "where": string, "error": string})
+        features = datasets.Features(
+            {_RAW[source.kind]: datasets.Value("large_binary"), "where": string, "error": string}
+        )
         arguments = {"kind": source.kind, "files": list(map(str, source.files)), "separator": reading.separator}
         return _generate(source, read_records, arguments, features, cache)
     try:

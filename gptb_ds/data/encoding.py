@@ -107,12 +107,11 @@ class Encoder:
     def _filled(
         self, ids: npt.NDArray[np.int64], counted: npt.NDArray[np.uint8] | None, size: int, content: bytes
     ) -> dict[str, Any]:
-        key = hashlib.blake2b(content, digest_size=8, key=b"gptb-ds held-out").digest()
         return {
             "tokens": ids.astype(self.dtype).tobytes(),
             "counted": None if counted is None else counted.tobytes(),
             "bytes": size,
-            "key": int.from_bytes(key, "little") >> 1,
+            "key": held_out_key(content),
             "error": None,
         }
 
@@ -131,6 +130,11 @@ class Document:
     def content(self) -> bytes:
         """The UTF-8 text, prompt included."""
         return (self.prompt + self.text).encode()
+
+
+def held_out_key(content: bytes) -> int:
+    """63 bits drawn by a document's content; the held-out split takes the lowest."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=b"gptb-ds held-out").digest(), "little") >> 1
 
 
 def _row(error: str | None) -> dict[str, Any]:
@@ -182,14 +186,14 @@ def _understand(record: dict[str, Any], where: str, fields: Fields) -> Document:
     if fields.ids:
         return _token_document(record, where, fields)
     document = Document(where, text=record[fields.text], prompt=record[fields.prompt] if fields.prompt else "")
-    for name, value in ((fields.text, document.text), (fields.prompt, document.prompt)):
+    for field, value in ((fields.text, document.text), (fields.prompt, document.prompt)):
         if not isinstance(value, str):
-            raise ValueError(f"{where}: the field '{name}' is {type(value).__name__}, not text")
+            raise ValueError(f"{where}: the field '{field}' is {type(value).__name__}, not text")
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{where}: the field '{name}' has a lone surrogate at character {error.start}: not Unicode"
+                f"{where}: the field '{field}' has a lone surrogate at character {error.start}: not Unicode"
             ) from None
     return document
 
@@ -207,7 +211,9 @@ def _token_document(record: dict[str, Any], where: str, fields: Fields) -> Docum
             raise ValueError(f"{where}: '{name}' has {len(values)} entries for {len(ids)} tokens")
         counts = values != (IGNORED if name == fields.labels else 0)
         if name == fields.labels and (values[counts] != ids[counts]).any():
-            raise ValueError(f"{where}: '{name}' must repeat '{fields.ids}' or be {IGNORED} where a token does not count")
+            raise ValueError(
+                f"{where}: '{name}' must repeat '{fields.ids}' or be {IGNORED} where a token does not count"
+            )
         counted = counts.astype(np.uint8)
     return Document(where, ids=ids, counted=counted)
 

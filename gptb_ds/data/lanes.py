@@ -20,7 +20,7 @@ Locate = Callable[[Ints], tuple[Ints, Ints, Ints]]
 
 NOTHING = np.int64(1) << 61  # the length of what a lane reads when its documents have run out
 MIX_BLOCK = 1 << 16  # picks of a weighted mixture after which its proportions are met exactly
-INDEX_EVERY = 64  # documents for each entry of the index of pieces
+INDEX_EVERY = 16  # documents for each entry of the index of pieces
 
 _ROUNDS = 6
 _MULTIPLY_1 = np.uint64(0x9E3779B97F4A7C15)
@@ -103,7 +103,7 @@ class Pieces:
     """The documents of one store, cut where they have more than `limit` tokens; `count` pieces, numbered in order.
 
     `offsets` (N+1) are the documents' starts in the store: document i has `offsets[i+1] - offsets[i] - 1` tokens after
-    its EOT. A cut piece is read as `[EOT] + its tokens`. Memory: 8 bytes for each 64 documents when there is a limit.
+    its EOT. A cut piece is read as `[EOT] + its tokens`. Memory: 8 bytes for each 16 documents when there is a limit.
     """
 
     def __init__(self, offsets: Ints, limit: int | None = None) -> None:
@@ -132,7 +132,7 @@ class Pieces:
             return start, self.offsets[piece + 1] - start
         block = np.searchsorted(self._index, piece, side="right") - 1
         last = len(self.offsets) - 1
-        # The 64 documents of each piece's block: the one that holds the piece is where their running count passes it.
+        # The documents of each piece's block: the one that holds the piece is where their running count passes it.
         around = np.minimum(block[:, None] * INDEX_EVERY + np.arange(INDEX_EVERY + 1), last)
         edges = self.offsets[around]
         tokens = np.diff(edges, axis=1) - 1

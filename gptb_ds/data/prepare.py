@@ -6,48 +6,56 @@ import argparse
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from gptb_ds.data import tokenization
-from gptb_ds.data.corpus import Reading, Source, find_sources, open_source
+from gptb_ds.data.build import build
+from gptb_ds.data.corpus import Reading, Source, find_sources
 from gptb_ds.data.describe import describe
-from gptb_ds.data.documents import FORMAT, read_manifest, verify
-from gptb_ds.data.encoding import Encoder, Fields, read_documents
-from gptb_ds.data.writer import SplitWriter, replacing, write_manifest
+from gptb_ds.data.documents import FORMAT, SPLITS, read_manifest, verify
+from gptb_ds.data.encoding import Fields
+from gptb_ds.data.writer import replacing
 
 _PARALLEL_FROM = 32 << 20  # bytes of sources below which more processes cost more than they save
-_KEYS = 1 << 63
+# The options that a store's content depends on.
+_CONTENT_OPTIONS = (
+    *("tokenizer", "text_field", "prompt_field", "ids_field", "labels_field", "loss_mask_field"),
+    *("separator", "holdout", "split", "name", "on_error"),
+)
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `gptb-ds prepare`."""
     add = parser.add_argument
-    add("--source", nargs="+", metavar="PATH_OR_NAME", help="text, .jsonl, .csv, .parquet, .arrow files (.gz and .zst"
-        " too), folders, globs, a saved or hub data set, or stdlib: the Python standard library's own sources")  # fmt: skip
+    add(
+        "--source",
+        nargs="+",
+        metavar="PATH_OR_NAME",
+        help="text, .jsonl, .csv, .parquet and .arrow files (.gz, .zst too), folders, globs, a saved or hub data set, "
+        "or stdlib: the Python standard library's own sources, without its tests",
+    )
     add("--tokenizer", default="bytes", help="bytes, bpe:SIZE (trained on the corpus), a store, a folder or a hub name")
     add("--out", metavar="DIR", help="folder of the new store")
     add("--text-field", default="text", help="field of a record that holds its text")
     add("--prompt-field", help="field of text that is read before it and does not count in the loss")
-    add("--ids-field", help="field of token ids, for records that are tokenised already (default input_ids with masks)")
+    add("--ids-field", help="field of token ids, for tokenised records (input_ids when there are labels or a mask)")
     add("--labels-field", help="field of labels: the token ids, -100 where a token does not count in the loss")
     add("--loss-mask-field", help="field of 0 and 1: 1 where a token counts in the loss")
     add("--separator", help="text that parts the documents inside text files (default: a file is a document)")
-    add("--holdout", type=float, default=0.05, help="share of the documents held out for evaluation")
+    add("--holdout", type=float, default=0.05, help="share of the documents held out for evaluation (default 0.05)")
     add("--split", help="split of a data set that is read (default train)")
     add("--name", help="configuration of a data set")
     add("--streaming", action="store_true", help="read a data set as a stream instead of downloading it whole")
-    add("--on-error", choices=("stop", "skip"), default="stop", help="at a record that cannot be used")
-    add("--num-proc", type=int, help="processes that tokenise (default: all processors for a corpus of 32 MiB and more)")
+    add("--on-error", choices=("stop", "skip"), default="stop", help="at a record that cannot be used (default stop)")
+    add("--num-proc", type=int, help="processes that tokenise (default: all processors from 32 MiB on)")
     add("--overwrite", action="store_true", help="replace a store at --out that was made from other inputs")
     add("--describe", metavar="DIR", help="print what a store holds instead of making one")
     add("--verify", action="store_true", help="with --describe: read the whole store and check every byte")
     add("--lanes", type=int, help="with --describe: windows an epoch gives with so many lanes")
-    add("--window", type=int, help="with --describe: columns of a window (default 16)")
+    add("--window", type=int, default=16, help="with --describe: columns of a window (default 16)")
     add("--max-document-tokens", type=int, help="with --describe: longer documents are cut into pieces")
 
 
@@ -56,7 +64,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     if args.describe:
         if args.verify:
             verify(args.describe)
-        print(describe(Path(args.describe), args.lanes, args.window or 16, args.max_document_tokens))
+        print(describe(Path(args.describe), args.lanes, args.window, args.max_document_tokens))
         if args.verify:
             print("verified: every byte is as it was written")
         return 0
@@ -92,7 +100,17 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
             print(f"{out} is up to date: {_summary(manifest)}")
             return manifest
         with replacing(out) as work:
-            manifest = _build(args, sources, reading, recipe, work)
+            manifest = build(
+                work,
+                sources,
+                reading,
+                _fields(args),
+                tokenizer=args.tokenizer,
+                holdout=args.holdout,
+                stop_on_error=args.on_error == "stop",
+                processes=_processes(args, sources),
+                facts={"recipe": recipe, "sources": args.source},
+            )
     print(f"{out}: {_summary(manifest)}")
     for kind, count in manifest["skipped"].items():
         if count:
@@ -104,8 +122,7 @@ def _recipe(args: argparse.Namespace, sources: list[Source]) -> str:
     """Equal when the same files (path, size, time of change) are prepared with the same options."""
     files = [[source.kind, source.name, [_stamp(file) for file in source.files]] for source in sources]
     tokenizer = [_stamp(file) for file in sorted(Path(args.tokenizer).rglob("*")) if file.is_file()]
-    names = "tokenizer text_field prompt_field ids_field labels_field loss_mask_field separator holdout split name on_error"
-    content = [FORMAT, files, tokenizer, [getattr(args, name) for name in names.split()]]
+    content = [FORMAT, files, tokenizer, [getattr(args, name) for name in _CONTENT_OPTIONS]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
@@ -123,7 +140,9 @@ def _existing(out: Path, recipe: str, overwrite: bool) -> dict[str, Any] | None:
     except ValueError:
         if overwrite and (out / "store.json").is_file():
             return None
-        raise ValueError(f"--out {out}: exists and is not a whole document store; choose another folder or remove it") from None
+        raise ValueError(
+            f"--out {out}: exists and is not a whole document store; choose another folder or remove it"
+        ) from None
     whole = all((out / n).is_file() and (out / n).stat().st_size == f["size"] for n, f in manifest["files"].items())
     if manifest["recipe"] == recipe and whole:
         return manifest
@@ -139,37 +158,16 @@ def _fields(args: argparse.Namespace) -> Fields:
     return Fields(args.text_field, args.prompt_field, ids, args.labels_field, args.loss_mask_field)
 
 
-def _build(
-    args: argparse.Namespace, sources: list[Source], reading: Reading, recipe: str, work: Path
-) -> dict[str, Any]:
-    import datasets
+def _processes(args: argparse.Namespace, sources: list[Source]) -> int | None:
+    if args.num_proc is not None:
+        return args.num_proc
+    size = sum(file.stat().st_size for source in sources for file in source.files)
+    return os.cpu_count() if size >= _PARALLEL_FROM else None
 
-    datasets.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    fields, cache = _fields(args), work / "cache"
-    raw = [(source, open_source(source, reading, fields.names(), cache)) for source in sources]
-    tokenizer = tokenization.load(args.tokenizer, _texts(raw, fields))
-    encoder_facts = Encoder(tokenizer, fields, "", True)
-    encoded = []
-    for number, (source, data) in enumerate(raw):
-        encoder = Encoder(tokenizer, fields, source.name, args.on_error == "stop")
-        encoded.append(_encode(data, encoder, _processes(args, sources), cache / f"encoded-{number}.arrow"))
-    facts = {
-        "recipe": recipe,
-        "sources": args.source,
-        "tokenizer": tokenization.describe(tokenizer),
-        "tokenizer_fingerprint": tokenization.fingerprint(tokenizer),
-        "vocab_size": encoder_facts.vocab_size,
-        "eot_id": encoder_facts.eot,
-        "dtype": encoder_facts.dtype,
-        "weighted": fields.weighted,
-        **_write(encoded, work, encoder_facts, fields.weighted, args.holdout),
-    }
-    if not facts["splits"]["train"]["documents"]:
-        raise ValueError(f"--source {' '.join(args.source)}: the corpus is empty; {_skips(facts['skipped'])}")
-    tokenizer.save_pretrained(work / "tokenizer")
-    import shutil
 
-    shutil.rmtree(cache)
-    return write_manifest(work, facts)
+def _summary(manifest: dict[str, Any]) -> str:
+    train, held_out = (manifest["splits"][split] for split in SPLITS)
+    return (
+        f"{train['documents']:,} documents of {train['tokens']:,} tokens to train on,"
+        f" {held_out['documents']:,} of {held_out['tokens']:,} held out; tokenizer {manifest['tokenizer']}"
+    )

@@ -40,11 +40,13 @@ def load(spec: str, texts: Iterator[str]) -> Any:
 def check_spec(spec: str) -> None:
     """Raises ValueError when a BPE's size is not usable, before any work is done."""
     if spec.startswith("bpe:") and (not spec[4:].isdigit() or int(spec[4:]) < 257):
-        raise ValueError(f"--tokenizer {spec}: the size must be a number of at least 257 (256 bytes and the end of text)")
+        raise ValueError(
+            f"--tokenizer {spec}: the size must be a number of at least 257 (256 bytes and the end of text)"
+        )
 
 
 def eot_id(tokenizer: Any) -> int:
-    """The token between documents: end of sequence, or beginning where there is none. Raises ValueError without both."""
+    """The token between documents: end of sequence, or beginning where it has none. Raises ValueError without both."""
     for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         if token is not None:
             return int(token)

@@ -32,7 +32,7 @@ class SplitWriter:
         self.histogram: dict[int, int] = {}
 
     def add(self, tokens: bytes, counted: bytes | None, size: int) -> None:
-        """One document: its ids in the store's dtype, which targets count (n+1 bytes, None = all), its bytes of text."""
+        """One document: its n ids in the store's dtype, which targets count (n+1; None = all), bytes of text."""
         count = len(tokens) // self._item
         self._offsets.write(self._length.to_bytes(8, "little"))
         self._tokens.write(self._eot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from typing import Any
 
@@ -32,6 +33,13 @@ class GPTBConfig(GPT2Config):
             self.resid_pdrop = self.embd_pdrop = self.attn_pdrop = dropout
         super().__post_init__(**kwargs)
         self.check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but overrides take part in the checks: `from_pretrained(gpt2_folder, num_slots=4)`."""
+        names = {field.name for field in dataclasses.fields(cls)} | {"dropout"}
+        own = {key: kwargs.pop(key) for key in names & kwargs.keys()}
+        return super().from_dict({**config_dict, **own, "model_type": cls.model_type}, **kwargs)
 
     def check(self) -> None:
         """Raises ValueError for the first thing that is wrong; the model calls it again when it is built."""

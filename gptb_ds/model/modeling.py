@@ -35,6 +35,11 @@ class GPTBPreTrainedModel(GPT2PreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # Transformers skips modules without parameters of their own in classes that are not its own, and with them
+        # GPT-2's scaling of residual projections. That is for code that ignores its guards; this code heeds them.
+        super()._initialize_weights(module, is_custom_code=False)
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         if requested_attention is None:
             # GPT-2's upcasting variant exists only in transformers' own "eager" path.

@@ -104,9 +104,10 @@ class Trainer:
             if self._due(self.run.sample_every):
                 self._say(f"sample after {self.at.update} updates: {self.sample()!r}")
             reason = self._edge()
+        self._finish_save()
         if self.at.update > self.saved:
             self._begin_save()
-        self._finish_save()
+            self._finish_save()
         if self.progress:
             self.progress.close()
         return reason if self.at.update < self.train.updates else None

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The whole of GPTB-DS in a few minutes, from nothing but Python 3.11, a compiler and git: prepares the standard library's
+# sources, trains a recurrent transformer on them with DeepSpeed (2 CPU ranks, or all GPUs), evaluates it, draws the loss
+# curve and prints text that the model generates. Run again, it continues, or says that it is done.
+# Arguments are handed on to `gptb-ds train`, e.g. `bash launch/demo.sh --train.updates 10000`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/setup.sh
+source launch/setup.sh
+
+store=data/stdlib run=runs/demo
+gptb-ds prepare --source stdlib --tokenizer bytes --out "$store"
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" = 0 ]; then
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+fi
+ranks=$((gpus > 0 ? gpus : 2))
+# A port of its own, so that a second job on this machine does not meet it.
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+deepspeed --num_accelerators "$ranks" --master_port "$port" --module gptb_ds train \
+    --config demo --data.path "$store" --run.dir "$run" --deepspeed_config ds_configs/zero1.json "$@"
+
+echo
+gptb-ds evaluate "$run" --data "$store" --max-tokens 200000
+gptb-ds plot "$run" --out "$run/loss.png"
+echo
+echo "The model writes:"
+gptb-ds generate "$run" --prompt $'import os\n\n\ndef ' --max-new-tokens 400 --temperature 0.6 --seed 1

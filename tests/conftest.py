@@ -1,0 +1,20 @@
+"""Owns the fixtures that several kinds of tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.training_runs import write_corpus
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small store of byte-level documents, with a held-out split."""
+    from gptb_ds.cli import main
+
+    folder = tmp_path_factory.mktemp("data")
+    texts = write_corpus(folder / "texts")
+    assert main(["prepare", "--source", str(texts), "--out", str(folder / "store"), "--holdout", "0.2"]) == 0
+    return folder / "store"

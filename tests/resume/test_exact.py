@@ -1,0 +1,75 @@
+"""Owns the claim that resuming is exact: on the same ranks, to the last bit."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training_runs import file_checksums, metrics, rewind, start, train
+
+CASES = [
+    pytest.param(stage, ranks, precision, 1 + (stage + ranks + (precision == "bf16")) % 2, id=f"zero{stage}-{ranks}r-{precision}")
+    for stage in (0, 1, 2, 3)
+    for ranks in (1, 2)
+    for precision in ("fp32", "bf16")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "ranks", "precision", "groups"), CASES)
+def test_resumed_equals_straight(stage, ranks, precision, groups, store, tmp_path: Path):
+    options = {
+        "stage": stage,
+        "ranks": ranks,
+        "train__precision": precision,
+        "train__lane_groups": groups,
+        "model__dropout": 0.1,
+    }
+    train(tmp_path / "straight", store, **options)
+    resumed = rewind(tmp_path / "straight", tmp_path / "resumed", 4)
+    job = train(resumed, store, **options)
+    assert "resuming from" in job.text(0)
+    assert metrics(resumed) == metrics(tmp_path / "straight")
+    for step in (8, 12):
+        assert file_checksums(resumed, step) == file_checksums(tmp_path / "straight", step)
+
+
+@pytest.mark.slow
+def test_every_update_is_a_place_to_resume(store, tmp_path: Path):
+    """At, before and after ends of documents and of epochs: the corpus is short enough for several epochs."""
+    options = {"run__save_every": 1, "train__updates": 12, "data__window": 150, "model__dropout": 0.1}
+    train(tmp_path / "straight", store, **options)
+    for step in range(1, 12, 2):
+        resumed = rewind(tmp_path / "straight", tmp_path / f"from-{step}", step)
+        train(resumed, store, **options)
+        assert metrics(resumed) == metrics(tmp_path / "straight")
+        assert file_checksums(resumed, 12) == file_checksums(tmp_path / "straight", 12)
+
+
+@pytest.mark.slow
+def test_stopped_twice_by_a_signal(store, tmp_path: Path):
+    options = {"ranks": 2, "model__dropout": 0.1, "train__updates": 400, "run__save_every": 0, "run__eval_every": 100}
+    train(tmp_path / "straight", store, **options)
+    run = tmp_path / "stopped"
+    for number, rank in ((signal.SIGTERM, 1), (signal.SIGUSR2, 0)):
+        job = start(run, store, **options)
+        before = len(metrics(run)) if (run / "metrics.jsonl").exists() else 0
+        _wait_for_lines(run, before + 20)
+        job.signal(number, rank)
+        assert job.wait() == [85, 85], job.text()
+        assert f"received {number.name}" in job.text(0)
+    train(run, store, **options)
+    assert metrics(run) == metrics(tmp_path / "straight")
+    assert file_checksums(run, 400) == file_checksums(tmp_path / "straight", 400)
+    job = train(run, store, **options)
+    assert "done: 400 updates" in job.text(0)
+
+
+def _wait_for_lines(run: Path, count: int, timeout: float = 60) -> None:
+    end = time.monotonic() + timeout
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < count:
+        assert time.monotonic() < end, "training did not get that far"
+        time.sleep(0.01)
