@@ -91,7 +91,7 @@ def _value(text: str | list[str]) -> str | list[str] | None:
 
 def _train(argv: Sequence[str]) -> int:
     config = parse_train(argv)
-    # torch and DeepSpeed load only for who needs them: `--help` and mistakes answer at once.
+    # DeepSpeed loads only for who needs it; the other verbs load what is theirs likewise.
     from gptb_ds.training.run import train
 
     return train(config)

@@ -173,8 +173,8 @@ def _copy(
     """
     width = rows_BK.shape[1]
     flat = rows_BK.reshape(-1)
-    for s, data in enumerate(sources):
-        for part in (plan.first, plan.later):
+    for part in (plan.first, plan.later):  # in this order: `later` repairs what `first` copies too much
+        for s, data in enumerate(sources):
             mine = np.flatnonzero(part.source == s)
             if not mine.size:
                 continue

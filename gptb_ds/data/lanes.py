@@ -23,6 +23,7 @@ MIX_BLOCK = 1 << 16  # picks of a weighted mixture after which its proportions a
 INDEX_EVERY = 16  # documents for each entry of the index of pieces
 
 _ROUNDS = 6
+_LEAST_BITS = 6  # of the network: with fewer, some orders of a handful of documents come much too seldom
 _MULTIPLY_1 = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLY_2 = np.uint64(0xD6E8FEB86659FD93)
 _HALF_WORD = np.uint64(32)
@@ -52,7 +53,7 @@ def permute(index: Ints, size: int, key: Words) -> Ints:
     A Feistel network over the next power of two; what falls outside `size` walks on along its cycle (Black and Rogaway,
     "Ciphers with arbitrary finite domains", 2002). O(1) memory, any index alone.
     """
-    bits = max(1, (size - 1).bit_length())
+    bits = max(_LEAST_BITS, (size - 1).bit_length())
     low = bits // 2
     widths = (np.uint64(low), np.uint64(bits - low))
     keys = [_mix(key + np.uint64(turn)) for turn in range(_ROUNDS)]

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from gptb_ds.config import ConfigError, OptimConfig
+from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.training.objective import WindowObjective
 from gptb_ds.training.world import World
 
@@ -36,6 +38,8 @@ from deepspeed.utils import (  # noqa: E402
 )
 
 logger.setLevel(logging.WARNING)
+# DeepSpeed calls these under their old names; nothing that a user could do about it.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 # DeepSpeed would compile a shared-memory all-reduce that serves only inference each time a CPU job starts.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -151,7 +155,8 @@ class Engine:
         return self._deepspeed
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> GPTBLMHeadModel:
+        """The model inside, with DeepSpeed's hooks on its modules."""
         return self._deepspeed.module.model
 
     def update(

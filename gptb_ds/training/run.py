@@ -20,7 +20,7 @@ from gptb_ds.data.mixture import open_corpus
 from gptb_ds.evaluation import held_out_loss, metrics_of
 from gptb_ds.export import model_configuration
 from gptb_ds.files import replace_file
-
+from gptb_ds.generation import generate
 from gptb_ds.model.configuration import warn_if_memoryless
 from gptb_ds.model.modeling import GPTBLMHeadModel, warm_start
 from gptb_ds.training.checkpoint import (
@@ -249,7 +249,6 @@ def _sample(config: Config, engine: Engine, tokenizer: PreTrainedTokenizerBase, 
     """A text from the model as it is. All ranks take part: at stage 3 no rank has the weights alone."""
     engine.objective.eval()
     with torch.compiler.set_stance("force_eager"):
-        from gptb_ds.generation import generate
         seed = derive_seed(config.train.seed, "sample")
         tokens = list(generate(engine.model, [], config.run.sample_tokens, seed=seed))
     engine.objective.train()

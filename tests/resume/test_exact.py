@@ -11,7 +11,9 @@ import pytest
 from tests.training_runs import file_checksums, metrics, rewind, start, train
 
 CASES = [
-    pytest.param(stage, ranks, precision, 1 + (stage + ranks + (precision == "bf16")) % 2, id=f"zero{stage}-{ranks}r-{precision}")
+    pytest.param(
+        stage, ranks, precision, 1 + (stage + ranks + (precision == "bf16")) % 2, id=f"zero{stage}-{ranks}r-{precision}"
+    )
     for stage in (0, 1, 2, 3)
     for ranks in (1, 2)
     for precision in ("fp32", "bf16")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,15 @@ def test_warm_start_from_a_gptb_keeps_its_initial_state(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = warm_start(model.config, str(tmp_path))
     assert torch.equal(again.transformer.initial_embeds, model.transformer.initial_embeds)
+
+
+@pytest.mark.slow
+def test_importing_the_package_registers_the_model_and_leaves_deepspeed_alone(tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    program = (
+        "import sys, gptb_ds, transformers;"
+        f"print(type(transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__,"
+        " 'deepspeed' in sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["GPTBLMHeadModel", "False"]

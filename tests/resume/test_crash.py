@@ -1,0 +1,199 @@
+"""Owns the claim that a crash at any instant loses little and corrupts nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from gptb_ds.training.checkpoint import CheckpointError, checkpoint_folder, checkpoint_folders, verify
+from tests.training_runs import file_checksums, losses, metrics, rewind, start, train
+
+KILLS = 30
+# Wide enough that writing a checkpoint takes a while: kills are to fall into it.
+BIG = {
+    "ranks": 2,
+    "stage": 1,
+    "model__n_embd": 128,
+    "model__dropout": 0.1,
+    "train__updates": 400,
+    "run__save_every": 10,
+    "run__eval_every": 90,
+    "run__keep": 2,
+}
+
+
+@pytest.mark.slow
+def test_thirty_kills_change_nothing(store, tmp_path: Path):
+    """Ranks are killed at random instants, most of them in the middle of a save; the command is always the same."""
+    chooser = random.Random(11)
+    train(tmp_path / "straight", store, **BIG)
+    run = tmp_path / "killed"
+    kills = in_save = 0
+    while kills < KILLS:
+        job = start(run, store, **BIG)
+        hit = _kill_somewhere(job, run, chooser, aim_at_save=kills % 3 != 0)
+        codes = job.wait()
+        if hit is None:
+            assert codes == [0, 0], job.text()
+            break
+        kills += 1
+        in_save += hit == "save"
+        assert -9 in codes and 0 not in codes, (codes, job.text())
+    else:
+        train(run, store, **BIG)
+    print(f"{kills} kills survived, {in_save} in the middle of a save")
+    assert kills >= KILLS and in_save >= 10
+    assert metrics(run) == metrics(tmp_path / "straight")
+    assert file_checksums(run, 400) == file_checksums(tmp_path / "straight", 400)
+
+
+def _kill_somewhere(job, run: Path, chooser: random.Random, aim_at_save: bool) -> str | None:
+    """SIGKILL to a random rank: in a save that is under way, or after a random time. None: the job ended before."""
+    victim = chooser.randrange(2)
+    end = time.monotonic() + chooser.uniform(0.0, 4.0)
+    newest = max((int(p.name.split("-")[1]) for p in checkpoint_folders(run)), default=0)
+    saves = chooser.randrange(1, 3)
+    while all(process.is_alive() for process in job.processes):
+        if not aim_at_save and time.monotonic() > end:
+            job.kill(victim)
+            return "anywhere"
+        if aim_at_save:
+            folder = checkpoint_folder(run, newest + 10 * saves)
+            if folder.exists() and not (folder / "manifest.json").exists():
+                time.sleep(chooser.uniform(0, 0.01))
+                job.kill(victim)
+                return "save" if not (folder / "manifest.json").exists() else "anywhere"
+        time.sleep(0.0005)
+    return None
+
+
+@pytest.fixture(scope="module")
+def straight(store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    train(run, store, ranks=2)
+    return run
+
+
+def _truncate(folder: Path) -> str:
+    file = next(folder.glob("optimizer-*"))
+    file.write_bytes(file.read_bytes()[:100])
+    return "has 100 bytes"
+
+
+def _flip(folder: Path) -> str:
+    file = next(folder.glob("model-*"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return "was altered"
+
+
+def _flip_in_manifest(folder: Path) -> str:
+    file = folder / "manifest.json"
+    file.write_text(file.read_text().replace('"step": 12', '"step": 13'))
+    return "manifest.json was altered"
+
+
+def _no_manifest(folder: Path) -> str:
+    (folder / "manifest.json").unlink()
+    return "no manifest.json"
+
+
+def _no_file(folder: Path) -> str:
+    next(folder.glob("lanes-*")).unlink()
+    return "is missing"
+
+
+def _garbage_manifest(folder: Path) -> str:
+    (folder / "manifest.json").write_bytes(b"\x80\x04not json")
+    return "cannot be read"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [_truncate, _flip, _flip_in_manifest, _no_manifest, _no_file, _garbage_manifest])
+def test_a_damaged_checkpoint_is_passed_over(damage, straight, store, tmp_path: Path):
+    run = rewind(straight, tmp_path / "run", 12)
+    reason = damage(checkpoint_folder(run, 12))
+    job = train(run, store, ranks=2)
+    assert f"passed over {checkpoint_folder(run, 12)}" in job.text(0) and reason in job.text(0)
+    assert f"resuming from {checkpoint_folder(run, 8)}" in job.text(0)
+    assert metrics(run) == metrics(straight)
+    assert file_checksums(run, 12) == file_checksums(straight, 12)
+
+
+@pytest.mark.slow
+def test_nothing_good_left_starts_fresh(straight, store, tmp_path: Path):
+    run = rewind(straight, tmp_path / "run", 4)
+    _flip(checkpoint_folder(run, 4))
+    job = train(run, store, ranks=2)
+    assert "was altered" in job.text(0)
+    assert metrics(run) == metrics(straight)
+
+
+def test_a_planted_pickle_is_refused_and_never_run(straight, tmp_path: Path):
+    """A stranger's checkpoint whose manifest fits: the tensors are a pickle that would write a file."""
+    import pickle
+
+    from gptb_ds.export import load_any
+    from gptb_ds.files import sha256_of
+    from gptb_ds.training.checkpoint import Manifest, read_manifest
+
+    class Bomb:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "pwned",))
+
+    run = rewind(straight, tmp_path / "run", 12)
+    folder = checkpoint_folder(run, 12)
+    manifest = read_manifest(folder)
+    files = dict(manifest.files)
+    for name in files:
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+    forged = Manifest(**{**manifest.__dict__, "files": files})
+    (folder / "manifest.json").write_bytes(forged.to_json())
+    verify(folder)  # checksums fit: a stranger can make them fit
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load_any(str(folder))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_manifest_cannot_name_files_elsewhere(straight, tmp_path: Path):
+    from gptb_ds.training.checkpoint import Manifest, read_manifest
+
+    folder = checkpoint_folder(rewind(straight, tmp_path / "run", 12), 12)
+    manifest = read_manifest(folder)
+    forged = Manifest(**{**manifest.__dict__, "files": manifest.files | {"../../secret": {"bytes": 0, "sha256": ""}}})
+    (folder / "manifest.json").write_bytes(forged.to_json())
+    with pytest.raises(CheckpointError, match="no file of a checkpoint"):
+        read_manifest(folder)
+
+
+@pytest.mark.slow
+def test_shapes_are_checked_before_anything_changes(straight, store, tmp_path: Path):
+    """A forged manifest that claims this run's identity over tensors of another shape."""
+    from gptb_ds.training.checkpoint import Manifest, read_manifest
+
+    wide = tmp_path / "wide"
+    train(wide, store, ranks=2, model__n_embd=32)
+    run = rewind(straight, tmp_path / "run", 4)
+    shutil.copytree(checkpoint_folder(wide, 12), checkpoint_folder(run, 12))
+    folder = checkpoint_folder(run, 12)
+    forged = {**read_manifest(folder).__dict__, "identity": read_manifest(checkpoint_folder(run, 4)).identity}
+    (folder / "manifest.json").write_bytes(Manifest(**forged).to_json())
+    job = train(run, store, ranks=2, expect=2)
+    assert "the model needs F32" in job.text(0)
+    assert "Traceback" not in job.text()
+
+
+@pytest.mark.slow
+def test_old_checkpoints_go_but_never_the_last_good_one(store, tmp_path: Path):
+    run = tmp_path / "run"
+    train(run, store, run__keep=1, run__save_every=3)
+    assert [p.name for p in checkpoint_folders(run)] == ["step-00000012"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses(run).keys() == set(range(1, 13)) and lines[-1]["update"] == 12

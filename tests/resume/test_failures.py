@@ -1,0 +1,157 @@
+"""Owns the claim that a failure ends a job promptly and says why, and that requests to stop are heard."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import tests.training_runs
+from gptb_ds.training.checkpoint import checkpoint_folders, verify
+from tests.training_runs import losses, metrics, start, train
+
+LONG = {"train__updates": 100000, "run__save_every": 0, "run__eval_every": 0}
+
+
+def wait_for_update(run: Path, update: int, timeout: float = 60) -> None:
+    end = time.monotonic() + timeout
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < update:
+        assert time.monotonic() < end, "training did not get that far"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(number, store, tmp_path: Path):
+    run = tmp_path / "run"
+    job = start(run, store, ranks=2, **LONG)
+    wait_for_update(run, 5)
+    job.signal(number, 1)
+    assert job.wait(30) == [85, 85], job.text()
+    (only,) = checkpoint_folders(run)
+    assert verify(only).step == len(metrics(run))
+
+
+@pytest.mark.slow
+def test_a_stop_file_and_a_time_limit(store, tmp_path: Path):
+    run = tmp_path / "file"
+    job = start(run, store, ranks=2, **LONG)
+    wait_for_update(run, 5)
+    (run / "stop").touch()
+    assert job.wait(30) == [85, 85], job.text()
+    assert "stop exists" in job.text(0)
+    run = tmp_path / "limit"
+    job = train(run, store, expect=85, run__max_seconds=3, **LONG)
+    assert "time limit" in job.text(0)
+    assert verify(checkpoint_folders(run)[0]).step == len(metrics(run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_other(rank, store, tmp_path: Path):
+    run = tmp_path / "run"
+    job = start(run, store, ranks=2, **LONG)
+    wait_for_update(run, 5)
+    job.kill(rank)
+    codes = job.wait(30)
+    assert codes[rank] == -9 and codes[1 - rank] not in (0, 85), codes
+    assert "lost contact with another rank" in job.text(1 - rank)
+    assert "Traceback" not in job.text()
+
+
+def _main_that_fails(args, rank, *others) -> None:
+    """Rank 1 meets a fault of its own in its 8th update."""
+    from gptb_ds.training.engine import Engine
+
+    update, calls = Engine.update, []
+
+    def failing(self, *call):
+        calls.append(1)
+        if rank == 1 and len(calls) == 8:
+            raise ZeroDivisionError("the fault of rank 1")
+        return update(self, *call)
+
+    Engine.update = failing
+    tests.training_runs._main(args, rank, *others)
+
+
+@pytest.mark.slow
+def test_a_rank_that_raises_is_heard_once(store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tests.training_runs, "main_of_a_rank", _main_that_fails)
+    job = train(tmp_path / "run", store, ranks=2, expect=1, timeout=30, **LONG)
+    assert job.text().count("Traceback") == 1
+    assert "[rank 1 on " in job.text(1) and "the fault of rank 1" in job.text(1)
+    assert "lost contact with another rank" in job.text(0)
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named(store, tmp_path: Path):
+    """A hung collective: rank 1 is frozen, the others wait for it."""
+    run = tmp_path / "run"
+    job = start(run, store, ranks=3, data__lanes=9, **LONG, run__hang_seconds=5)
+    wait_for_update(run, 5)
+    job.signal(signal.SIGSTOP, 1)
+    for rank in (0, 2):
+        job.processes[rank].join(40)
+        assert job.processes[rank].exitcode == 70, job.text()
+    job.signal(signal.SIGCONT, 1)
+    job.wait(60)
+    assert "no progress for 5 s" in job.text(0)
+    assert "ranks that do not answer" in job.text(0) and "1" in job.text(0).split("ranks that do not answer")[1]
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_same_folder_is_refused(store, tmp_path: Path):
+    run = tmp_path / "run"
+    job = start(run, store, **LONG)
+    wait_for_update(run, 2)
+    second = train(run, store, ranks=2, expect=2, **LONG)
+    assert "another training run is writing here" in second.text(0)
+    assert second.text(1).strip() == ""
+    job.kill()
+    job.wait()
+    # A lock left by a dead run is no obstacle.
+    train(run, store)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(stage, store, tmp_path: Path):
+    """A learning rate that throws the weights out of what float32 can hold."""
+    run = tmp_path / "run"
+    job = train(run, store, stage=stage, ranks=2, expect=1, optim__lr=1e25, optim__clip=0, optim__warmup_updates=0,
+                train__updates=60, train__max_bad_updates=3, run__save_every=1, run__eval_every=0)  # fmt: skip
+    assert "updates in a row were not finite" in job.text(0)
+    assert "Traceback" not in job.text()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("skipped", False) for line in lines[-3:]] == [True] * 3
+    assert not lines[0].get("skipped", False)
+
+
+def _small_files_only() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_disk_that_takes_no_more(policy, store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The system refuses to write large files (a limit on their size, as a full disk would)."""
+    run = tmp_path / "run"
+    train(run, store, train__updates=4)
+    good = checkpoint_folders(run)
+    monkeypatch.setattr(tests.training_runs, "main_of_a_rank", _limited_main)
+    expect = 1 if policy == "stop" else 0
+    job = train(run, store, train__updates=12, run__on_save_error=policy, expect=expect)
+    assert "could not be written" in job.text(0)
+    assert [p for p in checkpoint_folders(run) if (p / "manifest.json").exists()] == good
+    verify(good[0])
+    assert losses(run).keys() >= ({*range(1, 13)} if policy == "continue" else {*range(1, 9)})
+
+
+def _limited_main(*args) -> None:
+    _small_files_only()
+    tests.training_runs._main(*args)
