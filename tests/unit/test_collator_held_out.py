@@ -1,0 +1,96 @@
+"""Shows that evaluation reads every document once, on any number of ranks, or up to a cut that is equal for all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptb_ds.data.collator import Window, held_out_windows
+from gptb_ds.data.lanes import Pieces
+from gptb_ds.data.mixture import Mixture
+from tests.data_stores import EOT, make_store, numbered_documents
+
+
+def columns_of(windows: list[Window]) -> np.ndarray:
+    """Inputs, targets, resets, weights (4, T, B)."""
+    parts = [[w.input_ids, w.targets, w.reset, w.weights] for w in windows]
+    return np.stack([np.concatenate([np.asarray(p[field], dtype=np.int64) for p in parts]) for field in range(4)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=20),
+    lanes=st.sampled_from([1, 2, 4, 8]),
+    window=st.integers(1, 12),
+    limit=st.one_of(st.none(), st.integers(1, 20)),
+    mixed=st.booleans(),
+)
+def test_every_document_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    lanes: int,
+    window: int,
+    limit: int | None,
+    mixed: bool,
+) -> None:
+    folder = tmp_path_factory.mktemp("held-out")
+    documents = numbered_documents(lengths)
+    corpus = make_store(folder, documents)
+    if mixed:
+        extra = numbered_documents([4, 9])
+        corpus = Mixture([corpus, make_store(folder, extra)], (1.0, 2.0))
+        documents = documents + extra
+    pieces = [d[i : i + (limit or 99)] for d in documents for i in range(0, max(1, len(d)), limit or 99)]
+    options = {"lanes": lanes, "window": window, "max_document_tokens": limit}
+    whole = columns_of(list(held_out_windows(corpus, **options)))
+    for lane in range(lanes):
+        inputs, targets, resets, weights = whole[:, :, lane]
+        stream = [[EOT, *piece] for piece in pieces[lane::lanes]]
+        flat = [token for part in stream for token in part]
+        assert inputs[: len(flat)].tolist() == flat
+        assert targets[: len(flat)].tolist() == [t for part in stream for t in [*part[1:], EOT]]
+        assert weights.tolist() == [1] * len(flat) + [0] * (len(weights) - len(flat))
+        assert resets[: len(flat)].tolist() == [int(n == 0) for part in stream for n in range(len(part))]
+        assert (inputs[len(flat) :] == EOT).all() and (targets[len(flat) :] == EOT).all()
+    assert whole[3].sum() == sum(len(piece) + 1 for piece in pieces)
+    for world in (2, 4, 8):
+        if lanes % world == 0:
+            ranks = [
+                columns_of(list(held_out_windows(corpus, rank=r, world_size=world, **options))) for r in range(world)
+            ]
+            assert np.array_equal(np.concatenate(ranks, axis=-1), whole)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 8, 50, 51, 111, 112, 10**9])
+def test_max_tokens_is_a_global_count(tmp_path: Path, limit: int) -> None:
+    lengths = [30, 5, 0, 20, 9, 12, 13, 15]
+    corpus = make_store(tmp_path, numbered_documents(lengths))
+    totals = []
+    for world in (1, 2, 4):
+        ranks = [
+            list(held_out_windows(corpus, lanes=4, window=3, rank=r, world_size=world, max_tokens=limit))
+            for r in range(world)
+        ]
+        assert len({len(windows) for windows in ranks}) == 1
+        totals.append(int(sum(float(w.weights.sum()) for windows in ranks for w in windows)))  # type: ignore[union-attr]
+    assert len(set(totals)) == 1
+    assert Pieces(corpus.offsets).inputs == 112
+    assert totals[0] <= max(limit, 4)
+    assert totals[0] > min(limit, 112) - 4  # cut to whole columns of at most four lanes
+
+
+def test_loss_weights_of_the_store_count(tmp_path: Path) -> None:
+    corpus = make_store(tmp_path, [[5, 6], [7]], counted=[[0, 1, 1], [1, 0]])
+    whole = columns_of(list(held_out_windows(corpus, lanes=2, window=4)))
+    assert whole[1][:, 0].tolist() == [5, 6, EOT, EOT] and whole[3][:, 0].tolist() == [0, 1, 1, 0]
+    assert whole[1][:, 1].tolist() == [7, EOT, EOT, EOT] and whole[3][:, 1].tolist() == [1, 0, 0, 0]
+
+
+def test_ranks_that_do_not_divide_the_lanes(tmp_path: Path) -> None:
+    corpus = make_store(tmp_path, [[5, 6]])
+    with pytest.raises(ValueError, match="cannot be shared by 3 ranks"):
+        next(held_out_windows(corpus, lanes=4, window=4, world_size=3))

@@ -1,0 +1,65 @@
+"""Shows that a mixture has the attributes of a store and takes only stores that fit together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptb_ds.data.collator import LaneCollator
+from gptb_ds.data.documents import DocumentStore
+from gptb_ds.data.mixture import Mixture, open_corpus
+from tests.data_stores import numbered_documents, write_store
+
+
+def test_one_path_is_a_store_and_several_are_a_mixture(tmp_path: Path) -> None:
+    one, two = write_store(tmp_path, numbered_documents([3, 4])), write_store(tmp_path, numbered_documents([9]))
+    assert isinstance(open_corpus([one]), DocumentStore)
+    mixture = open_corpus([str(one), two], [3.0, 1.0])
+    assert isinstance(mixture, Mixture)
+    assert (mixture.num_documents, mixture.num_tokens, mixture.num_bytes) == (3, 16, 16)
+    assert mixture.bytes_per_target == 16 / 19
+    assert (mixture.vocab_size, mixture.eot_id, mixture.tokenizer, mixture.split) == (300, 1, "numbers", "train")
+    assert mixture.weights == (0.75, 0.25)
+    prints = {open_corpus([one, two], w).fingerprint for w in (None, [1, 1], [1, 2])}
+    assert len(prints) == 3
+    assert open_corpus([one, two], [2, 4]).fingerprint in prints  # shares, whatever their scale
+
+
+def test_shares_of_the_columns_are_the_weights(tmp_path: Path) -> None:
+    few = write_store(tmp_path, [[2 + i % 100] * 9 for i in range(50)])
+    many = write_store(tmp_path, [[200 + i % 50] * 99 for i in range(50)])
+    collator = LaneCollator(open_corpus([few, many], [0.7, 0.3]), lanes=64, window=512, seed=0)
+    ids = np.concatenate([collator.next_window().input_ids.numpy().ravel() for _ in range(12)])
+    low, high = (
+        np.count_nonzero((ids > 1) & (ids < 200)) / 9 * 10,
+        np.count_nonzero(ids >= 200) / 99 * 100,
+    )  # EOTs count
+    assert abs(low / (low + high) - 0.7) < 0.02
+
+
+def test_stores_with_and_without_loss_weights_mix(tmp_path: Path) -> None:
+    plain = write_store(tmp_path, [[5] * 4])
+    masked = write_store(tmp_path, [[7] * 4], counted=[[0, 0, 1, 1, 0]])
+    window = LaneCollator(open_corpus([plain, masked]), lanes=4, window=50, seed=0).next_window()
+    assert window.weights is not None
+    counted = window.weights.numpy().astype(bool)
+    is_seven = window.input_ids.numpy() == 7
+    assert counted[window.targets.numpy() == 5].all()
+    assert 0 < np.count_nonzero(counted & is_seven) < np.count_nonzero(is_seven)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 0.0], [1.0, -1.0], []])
+def test_weights_that_do_not_fit(tmp_path: Path, weights: list[float]) -> None:
+    paths = [write_store(tmp_path, [[5]]), write_store(tmp_path, [[6]])]
+    with pytest.raises(ValueError, match="give one number above 0 for each of 2 stores"):
+        open_corpus(paths, weights)
+
+
+def test_unequal_tokenizers_and_no_path(tmp_path: Path) -> None:
+    paths = [write_store(tmp_path, [[5]]), write_store(tmp_path, [[6]], tokenizer="letters")]
+    with pytest.raises(ValueError, match=r"has the tokenizer letters, .* has numbers; a mixture needs equal"):
+        open_corpus(paths)
+    with pytest.raises(ValueError, match=r"data.path is empty"):
+        open_corpus([])
