@@ -6,20 +6,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
-source launch/setup.sh
+source launch/setup.sh ""
 
 store=data/stdlib run=runs/demo
 gptb-ds prepare --source stdlib --tokenizer bytes --out "$store"
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-if [ "$gpus" = 0 ]; then
-    export DS_ACCELERATOR=cpu OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-fi
-ranks=$((gpus > 0 ? gpus : 2))
-# A port of its own, so that a second job on this machine does not meet it.
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-deepspeed --num_accelerators "$ranks" --master_port "$port" --module gptb_ds train \
-    --config demo --data.path "$store" --run.dir "$run" --deepspeed_config ds_configs/zero1.json "$@"
+# Without GPUs: two ranks on the CPU.
+python -c 'import sys, torch; sys.exit(torch.cuda.device_count() == 0)' || export N=${N:-2}
+bash launch/one_node.sh --config demo --data.path "$store" --run.dir "$run" --deepspeed_config ds_configs/zero1.json "$@"
 
 echo
 gptb-ds evaluate "$run" --data "$store" --max-tokens 200000

@@ -47,6 +47,8 @@ def build(
     made = tokenization.load(tokenizer, texts)
     encoded, encoder = [], Encoder(made, fields, "", stop_on_error)
     for number, (source, data) in enumerate(zip(sources, raw, strict=True)):
+        if not len(data):
+            continue
         encoder = Encoder(made, fields, source.name, stop_on_error)
         encoded.append(_encode(data, encoder, processes, cache / f"encoded-{number}.arrow"))
     splits, skipped = _write(encoded, work, encoder, fields.weighted, holdout)
@@ -93,7 +95,7 @@ def _encode(data: Any, encoder: Encoder, processes: int | None, cache: Path) -> 
         with_indices=True,
         remove_columns=data.column_names,
         features=datasets.Features(columns),
-        num_proc=min(processes, len(data)) if processes and len(data) else None,
+        num_proc=min(processes, len(data)) if processes else None,
         load_from_cache_file=False,
         cache_file_name=str(cache),
         new_fingerprint=cache.stem,

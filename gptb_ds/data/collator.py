@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from gptb_ds.data.documents import DocumentStore
 from gptb_ds.data.lanes import Cursor, FixedOrder, Pieces, Plan, ShuffledOrder, rank_lanes, runs
 from gptb_ds.data.mixture import Mixture
 
 Corpus = DocumentStore | Mixture
+
+_TILE = 128
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,8 @@ def fill_window(corpus: Corpus, plan: Plan, window: int, *, finite: bool = False
     _copy(rows_BK, [store.tokens for store in stores], plan, extra=1, exact=finite)
     rows_BK[plan.reset_lane, plan.reset_column] = corpus.eot_id
     columns_KB = torch.empty((window + 1, lanes), dtype=torch.int64, pin_memory=pin_memory)
-    np.copyto(columns_KB.numpy(), rows_BK.T)
+    for first in range(0, lanes, _TILE):  # a part of the rows at a time stays in the nearest cache
+        columns_KB.numpy()[:, first : first + _TILE] = rows_BK[first : first + _TILE].T
     reset_KB = torch.zeros((window + 1, lanes), dtype=torch.bool, pin_memory=pin_memory)
     reset_KB.numpy()[plan.reset_column, plan.reset_lane] = True
     weights_KB = None
@@ -172,24 +176,22 @@ def _copy(
     Not `exact`: what lies between the end of a lane's first fragment and its later ones may be anything.
     """
     width = rows_BK.shape[1]
-    flat = rows_BK.reshape(-1)
     for part in (plan.first, plan.later):  # in this order: `later` repairs what `first` copies too much
         for s, data in enumerate(sources):
-            mine = np.flatnonzero(part.source == s)
-            if not mine.size:
-                continue
-            start, count = part.start[mine] + ahead, part.count[mine] + extra
-            begin = part.lane[mine] * width + part.column[mine]
-            if data is not None and part is plan.first and not exact and int(start.max()) + width <= len(data):
-                # Rows of a sliding view are copied as runs; what is too much, `later` and the EOTs overwrite.
-                rows_BK[part.lane[mine]] = np.lib.stride_tricks.sliding_window_view(data, width)[start]
-                continue
-            target = runs(begin, count)
+            mine = slice(None) if len(sources) == 1 and not exact else np.flatnonzero(part.source == s)
+            lane, start, count = part.lane[mine], part.start[mine] + ahead, part.count[mine] + extra
+            column = part.column[mine]
+            if data is not None and part is plan.first and not exact and len(data) >= width:
+                # Rows of a sliding view are copied as runs; left over are those that would pass the store's end.
+                last = len(data) - width
+                rows_BK[mine] = sliding_window_view(data, width)[np.minimum(start, last)]
+                beyond = np.flatnonzero(start > last)
+                lane, start, count, column = (x[beyond] for x in (lane, start, count, column))
+            target = runs(lane * width + column, count)
             if data is None:
-                flat[target] = 1
+                rows_BK.reshape(-1)[target] = 1
             else:
-                target_to_source = np.repeat(start - begin, count)
-                flat[target] = data[target + target_to_source]
+                rows_BK.reshape(-1)[target] = data[target + np.repeat(start - lane * width - column, count)]
 
 
 class Prefetcher:

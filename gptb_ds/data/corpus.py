@@ -19,6 +19,7 @@ _TABLES = {".csv": ",", ".tsv": "\t"}
 _KINDS = {".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(_JSON, "json") | dict.fromkeys(_TABLES, "csv")
 _RAW = {"text": "text_bytes", "json": "json_bytes", "csv": "json_bytes"}
 _PACKED = {".gz", ".zst"}
+_FILE_LIKE = {*_KINDS, *_PACKED, ".txt", ".md", ".py"}  # names that end so mean a file, not a data set
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
@@ -83,9 +84,9 @@ def _find(name: str, reading: Reading) -> list[Source]:
         return _by_kind(list(files))
     if name.startswith("task:"):
         raise ValueError(f"--source {name}: no such generated task")
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith(".") and not Path(name).suffix:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and Path(name).suffix not in _FILE_LIKE:
         return [Source("loaded", name)]
-    raise ValueError(f"--source {name}: no such file, folder or data set")
+    raise ValueError(f"--source {name}: no such file or folder (data sets of the hub are named OWNER/NAME)")
 
 
 def _standard_library() -> Source:
@@ -137,7 +138,8 @@ def open_source(source: Source, reading: Reading, columns: list[str], cache: Pat
         data = _load(source, reading, cache)
     except Exception as error:  # the readers raise what their many formats raise
         cause = error.__cause__ or error
-        raise ValueError(f"{source.name}: cannot be read ({' '.join(str(cause).split())[:300]})") from None
+        hint = "" if source.files else "no such file or folder, and as a data set of the hub it "
+        raise ValueError(f"{source.name}: {hint}cannot be read ({' '.join(str(cause).split())[:300]})") from None
     if isinstance(data, dict):
         wanted = reading.split or "train"
         if wanted not in data:
@@ -172,6 +174,9 @@ def _load(source: Source, reading: Reading, cache: Path) -> Any:
 def _generate(source: Source, function: Any, arguments: dict[str, Any], features: Any, cache: Path) -> Any:
     import datasets
 
+    if next(function(**arguments), None) is None:  # datasets refuses a generator without records
+        names = arguments.get("columns") or list(features)
+        return datasets.Dataset.from_dict({name: [] for name in names}, features=features)
     try:
         return datasets.Dataset.from_generator(
             function, features=features, gen_kwargs=arguments, cache_dir=str(cache), writer_batch_size=128

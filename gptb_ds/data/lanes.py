@@ -7,6 +7,7 @@ Axes: B lanes of this rank, F fragments of a window, N documents. All arrays are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ MIX_BLOCK = 1 << 16  # picks of a weighted mixture after which its proportions a
 INDEX_EVERY = 16  # documents for each entry of the index of pieces
 
 _ROUNDS = 6
-_LEAST_BITS = 6  # of the network: with fewer, some orders of a handful of documents come much too seldom
+_LEAST_SIDE = 8  # of the network: with less, some orders of a handful of documents come much too seldom
 _MULTIPLY_1 = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLY_2 = np.uint64(0xD6E8FEB86659FD93)
 _HALF_WORD = np.uint64(32)
@@ -50,41 +51,35 @@ def rank_lanes(lanes: int, rank: int, world_size: int) -> range:
 def permute(index: Ints, size: int, key: Words) -> Ints:
     """Where a keyed permutation of `[0, size)` takes each `index`; `key` (same shape) picks the permutation.
 
-    A Feistel network over the next power of two; what falls outside `size` walks on along its cycle (Black and Rogaway,
-    "Ciphers with arbitrary finite domains", 2002). O(1) memory, any index alone.
+    A Feistel network on pairs of numbers below `a` and `b`, `a b` just above `size`; what falls outside walks on along
+    its cycle (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). O(1) memory, any index alone; for
+    sizes below 2^32 squared.
     """
-    bits = max(_LEAST_BITS, (size - 1).bit_length())
-    low = bits // 2
-    widths = (np.uint64(low), np.uint64(bits - low))
+    side = max(_LEAST_SIDE, math.isqrt(size - 1) + 1)
+    a, b = np.uint64(max(_LEAST_SIDE, -(-size // side))), np.uint64(side)
     keys = [_mix(key + np.uint64(turn)) for turn in range(_ROUNDS)]
-    out = _feistel(index.astype(np.uint64), keys, *widths)
+    out = _feistel(index.astype(np.uint64), keys, a, b)
     bound = np.uint64(size)
     outside = np.flatnonzero(out >= bound)
-    walker = out[outside]
-    keys = [k[outside] for k in keys]
     while outside.size:
-        walker = _feistel(walker, keys, *widths)
-        out[outside] = walker
-        stay = np.flatnonzero(walker >= bound)
-        outside, walker, keys = outside[stay], walker[stay], [k[stay] for k in keys]
+        out[outside] = _feistel(out[outside], [key[outside] for key in keys], a, b)
+        outside = outside[out[outside] >= bound]
     return out.astype(np.int64)
 
 
-def _feistel(value: Words, keys: list[Words], low: np.uint64, high: np.uint64) -> Words:
-    left, right = value >> low, value & ((np.uint64(1) << low) - np.uint64(1))
+def _feistel(value: Words, keys: list[Words], a: np.uint64, b: np.uint64) -> Words:
+    left, right = np.divmod(value, b)
     for turn, key in enumerate(keys):
         if turn % 2 == 0:
-            left = left ^ _hash(right, key, high)
+            left = (left + _below(a, right + key)) % a
         else:
-            right = right ^ _hash(left, key, low)
-    return (left << low) | right
+            right = (right + _below(b, left + key)) % b
+    return left * b + right
 
 
-def _hash(value: Words, key: Words, width: np.uint64) -> Words:
-    """`width` pseudo-random bits."""
-    if not width:
-        return np.zeros_like(value)
-    return _mix(value + key) >> (np.uint64(64) - width)
+def _below(limit: np.uint64, word: Words) -> Words:
+    """A pseudo-random number below `limit` for each word."""
+    return ((_mix(word) >> _HALF_WORD) * limit) >> _HALF_WORD
 
 
 def _mix(word: Words) -> Words:
@@ -246,23 +241,25 @@ class Cursor:
 
     def advance(self, window: int) -> Plan:
         """Moves every lane on by `window` inputs and says what they were."""
-        lane = np.arange(len(self.ordinal))
-        column = np.zeros_like(lane)
         fresh = np.flatnonzero(self.offset == 0)
-        resets, rounds = [(fresh, column[fresh])], []
+        resets = [(fresh, np.zeros_like(fresh))]
+        lane, column = np.arange(len(self.ordinal)), np.zeros_like(self.ordinal)
+        source, offset, length = self.source.copy(), self.offset, self.length
+        start = self.start + offset
+        rounds = []
         while lane.size:
-            offset = self.offset[lane]
-            count = np.minimum(self.length[lane] - offset, window - column)
-            rounds.append(Fragments(lane, column, self.source[lane], self.start[lane] + offset, count))
+            count = np.minimum(length - offset, window - column)
+            rounds.append(Fragments(lane, column, source, start, count))
             offset, column = offset + count, column + count
             self.offset[lane] = offset
-            ended = np.flatnonzero(offset == self.length[lane])
+            ended = np.flatnonzero(offset == length)
             lane, column = lane[ended], column[ended]
             if lane.size:
                 self._next_document(lane)
                 resets.append((lane, column))
                 more = np.flatnonzero(column < window)
                 lane, column = lane[more], column[more]
+            source, start, offset, length = self.source[lane], self.start[lane], self.offset[lane], self.length[lane]
         none = np.zeros(0, dtype=np.int64)
         later = [np.concatenate([none, *(getattr(r, f) for r in rounds[1:])]) for f in Fragments.__dataclass_fields__]
         reset_lane, reset_column = (np.concatenate(parts) for parts in zip(*resets, strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training_runs import file_checksums, metrics, rewind, start, train
+from tests.training_runs import file_checksums, losses, metrics, rewind, start, train
 
 CASES = [
     pytest.param(
@@ -75,3 +75,14 @@ def _wait_for_lines(run: Path, count: int, timeout: float = 60) -> None:
     while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < count:
         assert time.monotonic() < end, "training did not get that far"
         time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_evaluation_and_samples_leave_training_undisturbed(stage, store, tmp_path: Path):
+    options = {"ranks": 2, "stage": stage, "model__dropout": 0.1, "train__updates": 8}
+    train(tmp_path / "quiet", store, run__eval_every=0, **options)
+    job = train(tmp_path / "busy", store, run__eval_every=1, run__sample_every=2, run__sample_tokens=20, **options)
+    assert job.text(0).count("sample after") == 4
+    assert losses(tmp_path / "busy") == losses(tmp_path / "quiet")
+    assert file_checksums(tmp_path / "busy", 8) == file_checksums(tmp_path / "quiet", 8)

@@ -107,7 +107,7 @@ def check_case(case: dict) -> None:
         assert (inputs[resets == 1] == EOT).all() and (targets[:-1][~inside] == EOT).all()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_windows_equal_the_brute_force_reference(case: dict) -> None:
     check_case(case)
@@ -128,7 +128,7 @@ def test_windows_with_very_long_documents(tmp_path: Path, lanes: int, window: in
     check_exact(case, corpus_of(case, tmp_path), 1 + 130_000 // window)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cases())
 def test_every_document_comes_once_an_epoch_in_one_lane(case: dict) -> None:
     """Read back from the columns alone: cut at the resets, the documents of each epoch are the corpus."""

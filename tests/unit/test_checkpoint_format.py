@@ -1,0 +1,192 @@
+"""Owns the claims about checkpoints that need no training: the manifest, sharing among writers, and large worlds."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptb_ds.training.checkpoint import (
+    CheckpointError,
+    CheckpointReader,
+    Manifest,
+    changed_settings,
+    check_identity,
+    checkpoint_folder,
+    checkpoint_folders,
+    list_checkpoints,
+    newest_good,
+    verify,
+)
+from gptb_ds.training.saver import MAX_WRITERS, Saver, assign_parameters, prune, writer_blocks
+from gptb_ds.training.world import World
+
+
+def manifest(step: int = 3, lanes: int = 4, **changes) -> Manifest:
+    values = {
+        "step": step,
+        "tokens": 10,
+        "loss": 1.5,
+        "world_size": 1,
+        "zero_stage": 1,
+        "lanes": lanes,
+        "window": 2,
+        "identity": {"data": "x", "data.lanes": lanes},
+        "setting": {"optim.lr": 0.1, "world_size": 1},
+        "progress": {"adam_steps": step},
+        "versions": {},
+    }
+    return Manifest(**values | changes)
+
+
+def save(run: Path, step: int = 3, lanes: int = 4) -> Path:
+    saver = Saver(run, World(), keep=5)
+    weight = {"a": torch.randn(3, 2), "b": torch.randn(5)}
+    parameters = {kind: {n: t.clone() for n, t in weight.items()} for kind in ("weight", "exp_avg", "exp_avg_sq")}
+    state = {"state": torch.randn(lanes, 3, 8), "ordinal": torch.arange(lanes), "offset": torch.arange(lanes)}
+    saver.begin(manifest(step, lanes), parameters, state, {"cpu": torch.get_rng_state()})
+    return saver.finish()
+
+
+def test_a_saved_checkpoint_reads_back(tmp_path: Path):
+    folder = save(tmp_path)
+    assert folder == checkpoint_folder(tmp_path, 3)
+    reader = CheckpointReader(folder)
+    assert verify(folder) == reader.manifest
+    assert reader.shapes() == {"a": (3, 2), "b": (5,)}
+    reader.check_model({"a": (3, 2), "b": (5,)})
+    part = reader.lanes(1, 3, (3, 8))
+    assert part["ordinal"].tolist() == [1, 2] and part["state"].shape == (2, 3, 8)
+    assert torch.equal(reader.random_state(0)["cpu"], torch.get_rng_state())
+    assert not list(folder.glob(".*"))  # no temporary file stays
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path):
+    reader = CheckpointReader(save(tmp_path))
+    for shapes, words in (
+        ({"a": (3, 2)}, "'b': the model has no such parameter"),
+        ({"a": (3, 2), "b": (5,), "c": (1,)}, "'c': the checkpoint lacks it"),
+        ({"a": (2, 3), "b": (5,)}, "'a' is F32 (3, 2), the model needs F32 (2, 3)"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            reader.check_model(shapes)
+        assert words in str(caught.value)
+    with pytest.raises(CheckpointError, match="lane 4 is in no file"):
+        reader.lanes(2, 6, (3, 8))
+    with pytest.raises(CheckpointError, match="the run needs"):
+        reader.lanes(0, 2, (3, 9))
+    with pytest.raises(CheckpointError, match="no random state of rank 1"):
+        reader.random_state(1)
+
+
+def test_identity_and_settings():
+    saved = manifest()
+    check_identity(saved, dict(saved.identity), Path("c"))
+    with pytest.raises(CheckpointError) as caught:
+        check_identity(saved, {"data": "y", "data.lanes": 8}, Path("c"))
+    text = str(caught.value)
+    assert "data was 'x' when this was saved and is 'y' now" in text and "data.lanes was 4" in text
+    assert "--run.resume never" in text
+    assert changed_settings(saved, {"optim.lr": 0.2, "world_size": 1}) == ["optim.lr 0.1 -> 0.2"]
+
+
+def test_listing_and_newest_good(tmp_path: Path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    file = next(checkpoint_folder(tmp_path, 3).glob("model-*"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    (tmp_path / "checkpoints" / "step-nonsense").mkdir()
+    found = dict(list_checkpoints(tmp_path))
+    assert isinstance(found[checkpoint_folder(tmp_path, 3)], CheckpointError)
+    assert found[checkpoint_folder(tmp_path, 2)].step == 2
+    good, passed_over = newest_good(tmp_path, World())
+    assert good == checkpoint_folder(tmp_path, 2)
+    assert len(passed_over) == 1 and "was altered" in passed_over[0]
+
+
+def test_pruning_counts_only_what_is_whole(tmp_path: Path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    (checkpoint_folder(tmp_path, 4) / "manifest.json").unlink()
+    next(checkpoint_folder(tmp_path, 3).glob("lanes-*")).unlink()
+    prune(tmp_path, keep=1)
+    assert [p.name[-1] for p in checkpoint_folders(tmp_path)] == ["4", "3", "2"]
+    verify(checkpoint_folder(tmp_path, 2))
+
+
+def test_the_verb_lists_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from gptb_ds.cli import main
+
+    save(tmp_path, 7)
+    save(tmp_path, 8)
+    (checkpoint_folder(tmp_path, 8) / "manifest.json").unlink()
+    assert main(["checkpoints", str(tmp_path)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "no manifest.json" in out[1] and out[2].split()[0] == "7" and out[2].endswith("yes")
+    assert main(["checkpoints", str(tmp_path / "none")]) == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 31, 32, 33, 64, 1000, 1024])
+def test_writer_blocks_cover_the_ranks_with_few_files(size: int):
+    blocks = writer_blocks(size)
+    assert [rank for block in blocks for rank in block] == list(range(size))
+    assert len(blocks) <= MAX_WRITERS
+    assert {len(block) for block in blocks[:-1]} <= {len(blocks[0])}
+
+
+def test_parameters_are_shared_evenly():
+    shapes = {f"p{i}": (100 + i,) for i in range(64)}
+    owner = assign_parameters(shapes, [0, 4, 8, 12])
+    assert set(owner) == set(shapes)
+    load = {w: sum(shapes[n][0] for n in shapes if owner[n] == w) for w in (0, 4, 8, 12)}
+    assert max(load.values()) < 1.2 * min(load.values())
+    assert assign_parameters({"one": (10,)}, [0, 1]).keys() == {"one"}
+
+
+def test_a_thousand_ranks_and_a_million_lanes_without_processes(tmp_path: Path):
+    """What 1,024 ranks would do when they save and when 768 of them resume, without a process for each.
+
+    A step that is quadratic in ranks or lanes would run into the test's time limit. The hand-over
+    between ranks is replaced by shared memory; file naming, lane ranges and reading are the real ones.
+    """
+    lanes, ranks = 1_048_576, 1_024
+    blocks = writer_blocks(ranks)
+    per_rank = lanes // ranks
+
+    class Member(World):
+        def to_leader(self, tensors, leader, members):
+            if self.rank != leader:
+                return {}
+            return {k: torch.stack([t + (r - leader) * per_rank for r in members]) for k, t in tensors.items()}
+
+        def on_first(self, function, *args):
+            return function(*args) if self.rank == 0 else None
+
+        def gather(self, value):
+            gathered.append(value)
+            return gathered
+
+    gathered: list = []
+    savers = []
+    (tmp_path / "checkpoints").mkdir()
+    for block in blocks:
+        leader = block[0]
+        own = torch.arange(leader * per_rank, (leader + 1) * per_rank)
+        saver = Saver(tmp_path, Member(rank=leader, size=ranks), keep=1)
+        parameters = {kind: {f"p{leader}": torch.zeros(2)} for kind in ("weight", "exp_avg", "exp_avg_sq")}
+        state = {"state": own[:, None, None].float(), "ordinal": own, "offset": own}
+        saver.begin(manifest(5, lanes, world_size=ranks), parameters, state, {"cpu": torch.zeros(4)})
+        savers.append(saver)
+    for saver in [*savers[1:], savers[0]]:
+        saver.finish()
+    folder = checkpoint_folder(tmp_path, 5)
+    assert len(list(folder.iterdir())) == 4 * len(blocks) + 1
+    reader = CheckpointReader(folder)
+    for rank in (0, 1, 511, 767):
+        first, last = rank * lanes // 768, (rank + 1) * lanes // 768
+        assert torch.equal(reader.lanes(first, last, (1, 1))["ordinal"], torch.arange(first, last))
+    assert threading.active_count() < 8
