@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ SPLITS = ("train", "validation")
 
 _BLOCK = 1 << 16
 _BLOCKS = 256
+_CHUNK = 1 << 24
 
 
 class DocumentStore:
@@ -44,9 +46,11 @@ class DocumentStore:
         self.num_documents: int = facts["documents"]
         self.num_tokens: int = facts["tokens"]
         self.num_bytes: int = facts["bytes"]
-        self.tokens = _map(path / split / "tokens.bin", manifest["dtype"])
+        self.tokens = _map(path / split / "tokens.bin", manifest["dtype"], scattered=True)
         self.offsets = _map(path / split / "offsets.bin", "int64")
-        self.counted = _map(path / split / "counted.bin", "uint8") if manifest["weighted"] else None
+        self.counted = None
+        if manifest["weighted"]:
+            self.counted = _map(path / split / "counted.bin", "uint8", scattered=True)
 
     @property
     def bytes_per_target(self) -> float:
@@ -133,13 +137,16 @@ def verify(path: str | Path) -> None:
         if not manifest["splits"][split]["documents"]:
             continue
         store = DocumentStore(path, split, manifest)
-        for first in range(0, store.num_documents, _BLOCK):
-            starts = store.offsets[first : first + _BLOCK + 1]
-            if (np.diff(starts) < 1).any() or (store.tokens[starts] != store.eot_id).any():
-                raise ValueError(f"{path}/{split}: documents near number {first} do not start with EOT")
-        for first in range(0, len(store.tokens), 1 << 24):
-            if store.tokens[first : first + (1 << 24)].max() >= store.vocab_size:
+        for first in range(0, len(store.tokens), _CHUNK):
+            # Read in order, not through the map, which expects scattered reading.
+            offset = first * store.tokens.itemsize
+            tokens = np.fromfile(path / split / "tokens.bin", store.tokens.dtype, _CHUNK, offset=offset)
+            if tokens.max() >= store.vocab_size:
                 raise ValueError(f"{path}/{split}: a token near {first} is beyond the vocabulary ({store.vocab_size})")
+            low, high = np.searchsorted(store.offsets, (first, first + len(tokens)))
+            starts = store.offsets[low:high]
+            if (np.diff(starts) < 1).any() or (tokens[starts - first] != store.eot_id).any():
+                raise ValueError(f"{path}/{split}: documents near number {low} do not start with EOT")
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
@@ -189,6 +196,10 @@ def _check_file(path: Path, name: str, facts: dict[str, Any]) -> None:
         raise ValueError(f"{file}: altered since the store was written; prepare the store again")
 
 
-def _map(path: Path, dtype: str) -> npt.NDArray[Any]:
-    # A plain view of the map: indexing np.memmap itself pays for its subclass each time.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+def _map(path: Path, dtype: str, scattered: bool = False) -> npt.NDArray[Any]:
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if scattered and hasattr(mmap, "MADV_RANDOM"):
+        # Each lane reads elsewhere: reading ahead for every one of them would fetch megabytes for a few hundred bytes.
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype=dtype)

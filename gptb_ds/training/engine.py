@@ -5,14 +5,12 @@ Axes: B lanes of this rank, K steps, S slots, E embedding.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,6 +19,7 @@ from torch import nn
 from gptb_ds.config import ConfigError, OptimConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.training.objective import WindowObjective
+from gptb_ds.training.policy import zero_stage
 from gptb_ds.training.world import World
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -45,23 +44,6 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# What the run's configuration owns; a policy file that sets one of them would be a second, silent source.
-_OWNED = {
-    "train_batch_size": "data.lanes",
-    "train_micro_batch_size_per_gpu": "data.lanes and train.lane_groups",
-    "gradient_accumulation_steps": "train.lane_groups",
-    "gradient_clipping": "optim.clip",
-    "bf16": "train.precision",
-    "bfloat16": "train.precision",
-    "fp16": "train.precision",
-    "torch_autocast": "train.precision",
-    "optimizer": "the optim group",
-    "scheduler": "optim.schedule",
-    "tensorboard": "run.monitor",
-    "csv_monitor": "run.monitor",
-    "wandb": "run.monitor",
-}
-
 
 @dataclass(frozen=True)
 class UpdateResult:
@@ -70,30 +52,6 @@ class UpdateResult:
     loss: float
     grad_norm: float
     applied: bool
-
-
-def read_policy(path: str | None) -> dict[str, Any]:
-    """The DeepSpeed policy of a JSON file (ZeRO stage, offload, buckets); stage 1 when there is none.
-
-    Raises ConfigError with one line for each key that belongs to the run's configuration.
-    """
-    if path is None:
-        return {"zero_optimization": {"stage": 1, "overlap_comm": False}}
-    try:
-        policy = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--deepspeed_config {path}: cannot be read as JSON: {error}") from None
-    if not isinstance(policy, dict):
-        raise ConfigError(f"--deepspeed_config {path}: must be a JSON object")
-    clashes = [f"{path}: '{key}' belongs to {owner}; remove it here" for key, owner in _OWNED.items() if key in policy]
-    if clashes:
-        raise ConfigError("\n".join(clashes))
-    return policy
-
-
-def zero_stage(policy: dict[str, Any]) -> int:
-    """The ZeRO stage of a policy."""
-    return int(policy.get("zero_optimization", {}).get("stage", 0))
 
 
 class Engine:
@@ -160,15 +118,14 @@ class Engine:
         return self._deepspeed.module.model
 
     def update(
-        self, groups: list[tuple[Any, torch.Tensor]], lr: float, targets: torch.Tensor
+        self, groups: list[tuple[Any, torch.Tensor]], lr: float, counted: float
     ) -> tuple[UpdateResult, list[torch.Tensor]]:
         """One optimizer step over this rank's lane groups: [(window, state (B, S-1, E))], in order.
 
-        `targets` is the (weighted) number of counted targets of this rank, a float64 scalar. Returns the result and the
-        new states. A gradient that is not finite anywhere leaves weights and moments as they were, on all ranks.
+        `counted` is the (weighted) number of counted targets over all ranks. Returns the result and the new states. A
+        gradient that is not finite anywhere leaves weights and moments as they were, on all ranks.
         """
         assert len(groups) == self.lane_groups
-        counted = self.world.sum(targets.clone()).item()
         # DeepSpeed averages over ranks and divides by the number of groups: this makes a global mean of the sums.
         scale = self.world.size * self.lane_groups / max(counted, 1.0)
         for group in self._base.param_groups:

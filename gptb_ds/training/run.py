@@ -31,10 +31,11 @@ from gptb_ds.training.checkpoint import (
     newest_good,
     verify_together,
 )
-from gptb_ds.training.engine import Engine, read_policy, zero_stage
+from gptb_ds.training.engine import Engine
 from gptb_ds.training.faults import report
 from gptb_ds.training.metrics import MetricsLog
 from gptb_ds.training.objective import WindowObjective
+from gptb_ds.training.policy import read_policy, zero_stage
 from gptb_ds.training.preemption import STOPPED, StopRequests
 from gptb_ds.training.run_folder import RunFolder
 from gptb_ds.training.trainer import Plan, Trainer, TrainingError

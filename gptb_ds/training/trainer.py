@@ -116,11 +116,11 @@ class Trainer:
         """One window through the engine; afterwards `states` and the counters stand at its edge."""
         device = self.world.device
         window = Window(*(_to(tensor, device) for tensor in _tensors(window)))
-        targets = torch.tensor(float(window.input_ids.numel()), dtype=torch.float64, device=device)
+        counted = float(self.plan.lanes * self.plan.window)
         if window.weights is not None:
-            targets = window.weights.double().sum()
+            counted = self.world.sum(window.weights.double().sum()).item()
         groups = list(zip(_split(window, self.train.lane_groups), self.states, strict=True))
-        result, self.states = self.engine.update(groups, lr, targets)
+        result, self.states = self.engine.update(groups, lr, counted)
         self.at.update += 1
         if result.applied:
             self.at.adam_steps += 1

@@ -93,9 +93,8 @@ def train(world: World, stage: int, precision: str, groups: int, tied: bool, wei
         start = world.rank * LANES // world.size
         parts = [columns(update, start + g * size, start + (g + 1) * size, weighted) for g in range(groups)]
         targets = [float(p.input_ids.numel()) if p.weights is None else p.weights.double().sum() for p in parts]
-        result, states = engine.update(
-            list(zip(parts, states, strict=True)), OPTIM.lr, torch.tensor(sum(targets), dtype=torch.float64)
-        )
+        counted = world.sum(torch.tensor(sum(targets), dtype=torch.float64)).item()
+        result, states = engine.update(list(zip(parts, states, strict=True)), OPTIM.lr, counted)
         assert result.applied
         losses.append(result.loss)
         norms.append(result.grad_norm)

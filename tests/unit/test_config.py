@@ -134,7 +134,7 @@ def test_a_missing_store_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_policies_may_not_set_what_the_run_owns(tmp_path: Path):
-    from gptb_ds.training.engine import read_policy
+    from gptb_ds.training.policy import read_policy
 
     file = tmp_path / "policy.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "gradient_clipping": 1}))

@@ -1,0 +1,50 @@
+"""Owns DeepSpeed policy files: what they may say, and that they don't say what the run's configuration owns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gptb_ds.config import ConfigError
+
+# What the run's configuration owns; a policy file that sets one of them would be a second, silent source.
+_OWNED = {
+    "train_batch_size": "data.lanes",
+    "train_micro_batch_size_per_gpu": "data.lanes and train.lane_groups",
+    "gradient_accumulation_steps": "train.lane_groups",
+    "gradient_clipping": "optim.clip",
+    "bf16": "train.precision",
+    "bfloat16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "optimizer": "the optim group",
+    "scheduler": "optim.schedule",
+    "tensorboard": "run.monitor",
+    "csv_monitor": "run.monitor",
+    "wandb": "run.monitor",
+}
+
+
+def read_policy(path: str | None) -> dict[str, Any]:
+    """The DeepSpeed policy of a JSON file (ZeRO stage, offload, buckets); stage 1 when there is none.
+
+    Raises ConfigError with one line for each key that belongs to the run's configuration.
+    """
+    if path is None:
+        return {"zero_optimization": {"stage": 1, "overlap_comm": False}}
+    try:
+        policy = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--deepspeed_config {path}: cannot be read as JSON: {error}") from None
+    if not isinstance(policy, dict):
+        raise ConfigError(f"--deepspeed_config {path}: must be a JSON object")
+    clashes = [f"{path}: '{key}' belongs to {owner}; remove it here" for key, owner in _OWNED.items() if key in policy]
+    if clashes:
+        raise ConfigError("\n".join(clashes))
+    return policy
+
+
+def zero_stage(policy: dict[str, Any]) -> int:
+    """The ZeRO stage of a policy."""
+    return int(policy.get("zero_optimization", {}).get("stage", 0))
