@@ -53,6 +53,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lanes", type=int, default=64, help="documents read side by side (default: 64)")
     parser.add_argument("--window", type=int, default=64, help="columns of one forward pass (default: 64)")
     parser.add_argument("--max-tokens", type=int, default=None, help="stop after so many tokens (default: all)")
+    parser.add_argument("--max-document-tokens", type=int, default=None, help="cut longer documents into such pieces")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -72,7 +73,13 @@ def run_evaluate(args: argparse.Namespace, load: Callable[[str], tuple[Any, Any]
     state_BSE = torch.zeros(
         (args.lanes, model.config.num_slots - 1, model.config.n_embd), dtype=model.dtype, device=world.device
     )
-    windows = held_out_windows(corpus, lanes=args.lanes, window=args.window, max_tokens=args.max_tokens)
+    windows = held_out_windows(
+        corpus,
+        lanes=args.lanes,
+        window=args.window,
+        max_tokens=args.max_tokens,
+        max_document_tokens=args.max_document_tokens,
+    )
     loss, count = held_out_loss(objective, windows, state_BSE, world)
     if count == 0:
         raise ValueError(f"--data {' '.join(args.data)}: split '{args.split}' has no counted target")

@@ -39,12 +39,15 @@ def load_any(path: str) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
     )
 
 
-def model_configuration(config: Config, vocab_size: int, eot_id: int) -> GPTBConfig:
-    """The model that a run's configuration describes, over a store's vocabulary."""
+def model_configuration(config: Config, vocab_size: int, eot_id: int, n_positions: int | None = None) -> GPTBConfig:
+    """The model that a run's configuration describes, over a store's vocabulary.
+
+    `n_positions` is above the number of slots only after a warm start, which keeps what GPT-2 had.
+    """
     model = config.model
     return GPTBConfig(
         vocab_size=vocab_size,
-        n_positions=model.num_slots,
+        n_positions=n_positions or model.num_slots,
         num_slots=model.num_slots,
         n_layer=model.n_layer,
         n_head=model.n_head,
@@ -66,7 +69,9 @@ def _load_checkpoint(folder: Path) -> tuple[GPTBLMHeadModel, PreTrainedTokenizer
         raise ValueError(f"{run / 'config.yaml'}: the run's configuration cannot be read: {error}") from None
     reader = CheckpointReader(folder)
     identity = reader.manifest.identity
-    model = GPTBLMHeadModel(model_configuration(config, identity["vocab_size"], identity["eot_id"]))
+    model = GPTBLMHeadModel(
+        model_configuration(config, identity["vocab_size"], identity["eot_id"], identity["n_positions"])
+    )
     parameters = dict(model.named_parameters())
     reader.check_model({name: tuple(p.shape) for name, p in parameters.items()})
     with torch.no_grad():

@@ -16,7 +16,8 @@ python -c 'import sys, torch; sys.exit(torch.cuda.device_count() == 0)' || expor
 bash launch/one_node.sh --config demo --data.path "$store" --run.dir "$run" --deepspeed_config ds_configs/zero1.json "$@"
 
 echo
-gptb-ds evaluate "$run" --data "$store" --max-tokens 200000
+# All of the held-out text, in pieces that each start without a memory: a cautious figure.
+gptb-ds evaluate "$run" --data "$store" --max-document-tokens 2048
 gptb-ds plot "$run" --out "$run/loss.png"
 echo
 echo "The model writes:"

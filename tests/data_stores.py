@@ -1,14 +1,17 @@
-"""Owns small document stores for tests: token ids given by hand, written and opened by the real code."""
+"""Owns small document stores for tests: token ids given by hand, or made by `prepare`, always by the real code."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from gptb_ds.data.documents import DocumentStore, open_store
+from gptb_ds.data.documents import DocumentStore, load_tokenizer, open_store
+from gptb_ds.data.prepare import add_prepare_arguments, run_prepare
 from gptb_ds.data.writer import SplitWriter, write_manifest
 
 EOT = 1
@@ -50,3 +53,31 @@ def write_store(
 def make_store(folder: Path, documents: Sequence[Sequence[int]], **options: object) -> DocumentStore:
     """`write_store`, opened for training."""
     return open_store(write_store(folder, documents, **options))  # type: ignore[arg-type]
+
+
+def prepare(*arguments: object) -> int:
+    """`gptb-ds prepare` with these arguments."""
+    parser = argparse.ArgumentParser()
+    add_prepare_arguments(parser)
+    return run_prepare(parser.parse_args([str(a) for a in arguments]))
+
+
+def texts_of(path: Path) -> list[str]:
+    """The texts of both splits, decoded with the store's own tokenizer, sorted."""
+    tokenizer = load_tokenizer(path)
+    found = []
+    for split in ("train", "validation"):
+        try:
+            store = open_store(path, split)
+        except ValueError:
+            continue
+        found += [tokenizer.decode(store.document(i).tolist()) for i in range(store.num_documents)]
+    return sorted(found)
+
+
+def fail(*arguments: object) -> str:
+    """The one line that these arguments end in."""
+    with pytest.raises(ValueError) as caught:
+        prepare(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,13 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from gptb_ds.data.documents import DocumentStore
-from gptb_ds.data.lanes import Cursor, FixedOrder, Pieces, Plan, ShuffledOrder, rank_lanes, runs
+from gptb_ds.data.lanes import Cursor, FixedOrder, Ints, Pieces, Plan, ShuffledOrder, rank_lanes, runs
 from gptb_ds.data.mixture import Mixture
 
 Corpus = DocumentStore | Mixture
 
-_TILE = 128
+_BLOCK_INPUTS = 1 << 20  # inputs of a block of windows (8 MiB), and
+_BLOCK_WINDOWS = 64  # the most windows of one
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,20 @@ class Window:
     targets: torch.Tensor
     reset: torch.Tensor
     weights: torch.Tensor | None = None
+
+    def split(self, window: int) -> list[Window]:
+        """Its columns in windows of `window`, without copying."""
+        parts = [self.input_ids.split(window), self.targets.split(window), self.reset.split(window)]
+        weights = self.weights.split(window) if self.weights is not None else [None] * len(parts[0])
+        return [Window(*fields) for fields in zip(*parts, weights, strict=True)]
+
+
+class Position(NamedTuple):
+    """`windows` after the place where the lanes have `ordinal` and `offset` (B,)."""
+
+    ordinal: Ints
+    offset: Ints
+    windows: int
 
 
 class LaneCollator:
@@ -61,22 +76,35 @@ class LaneCollator:
         pieces = [Pieces(store.offsets, max_document_tokens) for store in corpus.stores]
         self._order = ShuffledOrder(pieces, seed, corpus.weights)
         self._own = np.arange(own.start, own.stop)
-        self._cursor = Cursor(self._order, self._own, np.zeros_like(self._own), lanes)
+        # Windows are made a block at a time: that spreads what a lane costs over many more columns.
+        self._ahead = min(max(1, _BLOCK_INPUTS // (window * len(own))), _BLOCK_WINDOWS)
+        self._block: list[Window] = []
+        self._given = 0
+        self._continue_at(self._own, np.zeros_like(self._own))
         self.pin_memory = False
         text = f"{corpus.fingerprint}/{max_document_tokens}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def next_window(self) -> Window:
         """The next K columns; the position moves on by a window."""
-        plan = self._cursor.advance(self.window)
-        return fill_window(self.corpus, plan, self.window, pin_memory=self.pin_memory)
+        if self._given == len(self._block):
+            self._start, self._given = (self._cursor.ordinal.copy(), self._cursor.offset.copy()), 0
+            columns = self.window * self._ahead
+            plan = self._cursor.advance(columns)
+            self._block = fill_window(self.corpus, plan, columns, pin_memory=self.pin_memory).split(self.window)
+        self._given += 1
+        return self._block[self._given - 1]
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def position(self) -> Position:
+        """Where the lanes are, cheaply; `state_dict` works it out."""
+        return Position(*self._start, self._given)
+
+    def state_dict(self, position: Position | None = None) -> dict[str, torch.Tensor]:
         """The position: `ordinal` and `offset`, int64 (B,), of this rank's lanes in their order."""
-        return {
-            "ordinal": torch.from_numpy(self._cursor.ordinal.copy()),
-            "offset": torch.from_numpy(self._cursor.offset.copy()),
-        }
+        at = position or self.position()
+        cursor = Cursor(self._order, at.ordinal, at.offset, self.lanes)
+        cursor.advance(at.windows * self.window)
+        return {"ordinal": torch.from_numpy(cursor.ordinal), "offset": torch.from_numpy(cursor.offset)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Continues at a saved position of the same lanes (concatenate or slice those of other ranks by lane).
@@ -91,7 +119,12 @@ class LaneCollator:
         cursor = Cursor(self._order, ordinal, offset, self.lanes)
         if (offset < 0).any() or (offset >= cursor.length).any():
             raise ValueError("the position lies beyond a document's end: it was saved with another corpus or seed")
-        self._cursor = cursor
+        self._continue_at(ordinal, offset)
+
+    def _continue_at(self, ordinal: Ints, offset: Ints) -> None:
+        self._cursor = Cursor(self._order, ordinal, offset, self.lanes)
+        self._start, self._given = (ordinal.copy(), offset.copy()), 0
+        self._block = []
 
 
 def held_out_windows(
@@ -149,8 +182,7 @@ def fill_window(corpus: Corpus, plan: Plan, window: int, *, finite: bool = False
     _copy(rows_BK, [store.tokens for store in stores], plan, extra=1, exact=finite)
     rows_BK[plan.reset_lane, plan.reset_column] = corpus.eot_id
     columns_KB = torch.empty((window + 1, lanes), dtype=torch.int64, pin_memory=pin_memory)
-    for first in range(0, lanes, _TILE):  # a part of the rows at a time stays in the nearest cache
-        columns_KB.numpy()[:, first : first + _TILE] = rows_BK[first : first + _TILE].T
+    columns_KB.copy_(torch.from_numpy(rows_BK).t().contiguous())  # turned while it is small, then widened
     reset_KB = torch.zeros((window + 1, lanes), dtype=torch.bool, pin_memory=pin_memory)
     reset_KB.numpy()[plan.reset_column, plan.reset_lane] = True
     weights_KB = None
@@ -204,7 +236,7 @@ class Prefetcher:
         self.collator, self.depth = collator, depth
         self.wait_seconds = 0.0
         collator.pin_memory = torch.cuda.is_available()
-        self._position = collator.state_dict()
+        self._position = collator.position()
         self._thread: threading.Thread | None = None
 
     def next_window(self) -> Window:
@@ -222,13 +254,13 @@ class Prefetcher:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The position after the last window handed out (see `LaneCollator.state_dict`)."""
-        return {name: tensor.clone() for name, tensor in self._position.items()}
+        return self.collator.state_dict(self._position)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Drops what was made ahead and continues at `state`. Raises ValueError as the collator does."""
         self.close()
         self.collator.load_state_dict(state)
-        self._position = self.collator.state_dict()
+        self._position = self.collator.position()
 
     def close(self) -> None:
         """Ends the thread; windows made ahead are dropped, the position stays and the next window starts it again."""
@@ -241,7 +273,8 @@ class Prefetcher:
             except queue.Empty:
                 self._thread.join(0.01)
         self._thread = None
-        self.collator.load_state_dict(self._position)
+        self.collator.load_state_dict(self.state_dict())
+        self._position = self.collator.position()
 
     def _start(self) -> None:
         self._stop = threading.Event()
@@ -253,6 +286,6 @@ class Prefetcher:
         try:
             while not self._stop.is_set():
                 window = self.collator.next_window()
-                self._queue.put((window, self.collator.state_dict()))
+                self._queue.put((window, self.collator.position()))
         except BaseException as error:
             self._queue.put(error)

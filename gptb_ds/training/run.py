@@ -236,6 +236,7 @@ def _evaluate(config: Config, world: World, engine: Engine, held_out: Any) -> di
         rank=world.rank,
         world_size=world.size,
         max_tokens=config.run.eval_tokens,
+        max_document_tokens=config.data.max_document_tokens,
     )
     engine.objective.eval()
     # A compiled step would be compiled once more for evaluation; it isn't worth it.

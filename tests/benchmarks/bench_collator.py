@@ -157,7 +157,7 @@ def transformer_xl_ordered(store: DocumentStore, lanes: int, window: int) -> Bat
 
 
 def speed(make: Callable[..., Batches], store: DocumentStore, lanes: int, window: int, seconds: float) -> float:
-    """Inputs for each second of processor time: the best of five rounds of `seconds`, whatever else the machine does."""
+    """Inputs for each second of processor time: the best of five rounds of `seconds`, whatever else runs."""
     batches = make(store, lanes, window)
     for _ in range(3):
         next(batches)

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +23,14 @@ from gptb_ds.data.collator import Corpus, LaneCollator, Prefetcher, Window
 from gptb_ds.data.lanes import Pieces, ShuffledOrder
 from gptb_ds.data.mixture import Mixture
 from tests.data_stores import EOT, make_store, numbered_documents
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_blocks() -> Iterator[None]:
+    """Three windows are made at a time, so that every test crosses the edges of blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gptb_ds.data.collator._BLOCK_WINDOWS", 3)
+        yield
 
 
 def reference_lane(corpus: Corpus, lane: int, lanes: int, seed: int, columns: int, limit: int | None) -> np.ndarray:
@@ -182,7 +190,7 @@ def test_restored_at_every_edge_on_other_world_sizes(
     corpus: Corpus = make_store(tmp_path, numbered_documents(lengths), counted=masks)
     if weights:
         corpus = Mixture([corpus, make_store(tmp_path, numbered_documents([3, 0, 8]))], weights)
-    lanes, window, total = 12, 4, 16  # 768 inputs: eight epochs of 89
+    lanes, window, total = 12, 4, 11  # 528 inputs: five epochs of 89
 
     def collators(world: int) -> list[LaneCollator]:
         options = {"lanes": lanes, "window": window, "seed": 5, "max_document_tokens": limit}
@@ -276,6 +284,7 @@ def test_prefetcher_raises_what_went_wrong_in_its_thread(tmp_path: Path) -> None
     ahead = Prefetcher(LaneCollator(corpus, lanes=2, window=5, seed=2))
     ahead.next_window()
     ahead.close()
+    assert len(corpus.tokens) == 40
     corpus.tokens = corpus.tokens[:10]  # as if the file had shrunk under us
     with pytest.raises(IndexError):
         for _ in range(20):

@@ -15,7 +15,7 @@ import zstandard
 
 from gptb_ds.data.corpus import Reading, Source, find_sources, open_source
 from gptb_ds.data.documents import open_store
-from tests.unit.test_prepare import fail, prepare, texts_of
+from tests.data_stores import fail, prepare, texts_of
 
 RECORDS = [{"id": i, "text": text} for i, text in enumerate(["one", "NA", "1.0", "ä ö\nü", "null", 'six, "quoted"'])]
 TEXTS = sorted(r["text"] for r in RECORDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import signal
@@ -12,37 +11,9 @@ from pathlib import Path
 import pytest
 
 from gptb_ds.data.documents import DocumentStore, load_tokenizer, open_store, verify
-from gptb_ds.data.prepare import add_prepare_arguments, run_prepare
+from tests.data_stores import fail, prepare, texts_of
 
 TEXTS = {"a.txt": "first document", "b.txt": "zweites Dokument, größer", "sub/c.txt": "third\r\n" * 40, "d.txt": "vier"}
-
-
-def prepare(*arguments: object) -> int:
-    """`gptb-ds prepare` with these arguments."""
-    parser = argparse.ArgumentParser()
-    add_prepare_arguments(parser)
-    return run_prepare(parser.parse_args([str(a) for a in arguments]))
-
-
-def texts_of(path: Path) -> list[str]:
-    """The texts of both splits, decoded with the store's own tokenizer, sorted."""
-    tokenizer = load_tokenizer(path)
-    found = []
-    for split in ("train", "validation"):
-        try:
-            store = open_store(path, split)
-        except ValueError:
-            continue
-        found += [tokenizer.decode(store.document(i).tolist()) for i in range(store.num_documents)]
-    return sorted(found)
-
-
-def fail(*arguments: object) -> str:
-    """The one line that these arguments end in."""
-    with pytest.raises(ValueError) as caught:
-        prepare(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def leftovers(folder: Path) -> list[str]:
