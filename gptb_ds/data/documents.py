@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gptb_ds.files import sha256_of
+
 FORMAT = "gptb-ds store 1"
 SPLITS = ("train", "validation")
 
@@ -131,7 +133,7 @@ def verify(path: str | Path) -> None:
     manifest = read_manifest(path)
     for name, facts in manifest["files"].items():
         _check_file(path, name, facts)
-        if digest_file(path / name) != facts["sha256"]:
+        if sha256_of(path / name) != facts["sha256"]:
             raise ValueError(f"{path / name}: altered since the store was written; prepare the store again")
     for split in SPLITS:
         if not manifest["splits"][split]["documents"]:
@@ -157,13 +159,7 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 
 def file_facts(path: Path) -> dict[str, Any]:
     """What the manifest says of a file: size, checksum of the whole, checksum of the blocks that opening reads."""
-    return {"size": path.stat().st_size, "sha256": digest_file(path), "sample": digest_sample(path)}
-
-
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": sha256_of(path), "sample": digest_sample(path)}
 
 
 def digest_sample(path: Path) -> str:
