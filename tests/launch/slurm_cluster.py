@@ -80,7 +80,11 @@ class SlurmCluster:
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "-o", "show", "job", number)))
 
     def start_now(self, number: str) -> None:
-        """A requeued job waits two minutes for its nodes to settle; ours are settled."""
+        """Starts a requeued job, which Slurm would let wait for two minutes.
+
+        Not at once: in the second of its end a node refuses it, as its credential was revoked in that second.
+        """
+        time.sleep(3)
         self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
 
     def log(self) -> str:
@@ -102,11 +106,16 @@ class SlurmCluster:
             raise RuntimeError(f"the cluster did not come up:\n{self._try('sinfo')}\n{self.log()}")
 
     def _spawn(self, program: str, *arguments: str) -> None:
-        log = (self.folder / f"{program}{len(self._daemons)}.out.log").open("wb")
         path = shutil.which(program, path=_PATH)
         assert path, program
         self._daemons.append(
-            subprocess.Popen([path, *arguments], env=self.env, stdout=log, stderr=log, start_new_session=True)
+            subprocess.Popen(
+                [path, *arguments],
+                env=self.env,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         )
 
     def _try(self, *command: str) -> str:
@@ -140,6 +149,8 @@ class SlurmCluster:
             "SlurmdParameters=config_overrides",
             "ReturnToService=2",
             "JobRequeue=1",
+            "PreemptType=preempt/partition_prio",
+            "PreemptMode=REQUEUE",
             "MailProg=/bin/true",
         ]
         for index, node in enumerate(self.nodes, start=1):
@@ -150,7 +161,8 @@ class SlurmCluster:
             f"SlurmdSpoolDir={at}/spool-%n",
             f"SlurmdPidFile={at}/slurmd-%n.pid",
             f"SlurmdLogFile={at}/slurmd-%n.log",
-            f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP",
+            f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE PriorityTier=1 State=UP",
+            f"PartitionName=urgent Nodes={','.join(self.nodes)} MaxTime=INFINITE PriorityTier=2 State=UP",
         ]
         return "\n".join(lines) + "\n"
 

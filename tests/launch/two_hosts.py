@@ -18,7 +18,8 @@ _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 class TwoHosts:
     """A context manager. The hosts share this machine's files, as a cluster's hosts share a file system.
 
-    `env` is the environment for commands on a host: its `ssh` knows the keys, and leaves the user's ssh settings alone.
+    `env` is what commands on a host need: an `ssh` that knows the keys and leaves the user's settings alone, and the
+    name of the interface between the hosts.
     """
 
     addresses = ("198.18.0.1", "198.18.0.2")  # the block that RFC 2544 keeps for tests
@@ -38,12 +39,10 @@ class TwoHosts:
         ssh = shutil.which("ssh")
         (commands / "ssh").write_text(f'#!/bin/sh\nexec {ssh} -F {folder}/ssh_config "$@"\n')
         (commands / "ssh").chmod(0o755)
-        self.env = dict(
-            os.environ,
-            PATH=f"{commands}:{Path(sys.executable).parent}:{_PATH}",
-            GLOO_SOCKET_IFNAME=self.interface,
-            OMP_NUM_THREADS="1",
-        )
+        self.env = {
+            "PATH": f"{commands}:{Path(sys.executable).parent}:{_PATH}",
+            "GLOO_SOCKET_IFNAME": self.interface,
+        }
 
     def __enter__(self) -> TwoHosts:
         try:
@@ -62,14 +61,9 @@ class TwoHosts:
         for name in self.names:
             _run("ip", "netns", "delete", name, check=False)
 
-    def popen(self, host: int, command: list[str], **options: object) -> subprocess.Popen[str]:
-        """Starts `command` on host 0 or 1, in a session of its own."""
-        return subprocess.Popen(
-            [_which("ip"), "netns", "exec", self.names[host], *command],
-            text=True,
-            start_new_session=True,
-            **{"env": self.env, **options},
-        )
+    def on(self, host: int, *command: str) -> list[str]:
+        """`command` as a command of host 0 or 1."""
+        return [_which("ip"), "netns", "exec", self.names[host], *command]
 
     def cable(self, plugged: bool) -> None:
         """Pulls the cable out of the second host, or puts it back."""
@@ -107,18 +101,12 @@ class TwoHosts:
         isolated = [_which("unshare"), "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script]
         with (at / f"sshd-{index}.log").open("wb") as log:
             self._daemons.append(
-                subprocess.Popen(
-                    [_which("ip"), "netns", "exec", self.names[index], *isolated],
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
+                subprocess.Popen(self.on(index, *isolated), stdout=log, stderr=log, start_new_session=True)
             )
 
     def _answer(self, host: int, address: str) -> str:
-        command = ["ssh", "-oConnectTimeout=2", address, "hostname"]
-        with self.popen(host, command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-            return process.communicate()[0].strip()
+        command = self.on(host, "ssh", "-oConnectTimeout=2", address, "hostname")
+        return subprocess.run(command, env=os.environ | self.env, capture_output=True, text=True).stdout.strip()
 
 
 def missing_programs() -> list[str]:
