@@ -132,6 +132,9 @@ def _train(config: Config, world: World, stop: StopRequests, started: float) -> 
     finally:
         watchdog.stop()
         windows.close()
+    if world.rank == 0:
+        # Obeyed: left there, it would stop the run again each time it is continued.
+        (folder.path / "stop").unlink(missing_ok=True)
     folder.release()
     if reason is None:
         say(f"done: {config.train.updates} updates, run in {folder.path}")

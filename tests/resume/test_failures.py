@@ -44,6 +44,7 @@ def test_a_stop_file_and_a_time_limit(store, tmp_path: Path):
     (run / "stop").touch()
     assert job.wait(30) == [85, 85], job.text()
     assert "stop exists" in job.text(0)
+    assert not (run / "stop").exists(), "obeyed, it must not stop the run again"
     run = tmp_path / "limit"
     job = train(run, store, expect=85, run__max_seconds=3, **LONG)
     assert "time limit" in job.text(0)
