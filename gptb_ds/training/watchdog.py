@@ -58,15 +58,21 @@ class Watchdog:
             flush=True,
         )
         if self._group is not None:
-            try:
-                dist.monitored_barrier(self._group, timeout=self._meeting, wait_all_ranks=True)
-            except Exception as error:  # it is the message that names the ranks, whatever the type
-                text = str(error).splitlines()[0] if str(error) else repr(error)
-                if self._world.rank == 0:
-                    print(f"{me} ranks that do not answer: {text}", file=sys.stderr, flush=True)
-                else:
-                    print(f"{me} rank 0 does not answer, or a rank is missing: {text}", file=sys.stderr, flush=True)
+            # In a thread: gloo's barrier heeds the limit on rank 0 alone, and the others must end too.
+            meeting = threading.Thread(target=self._meet, args=(me,), daemon=True)
+            meeting.start()
+            meeting.join(1.5 * self._meeting.total_seconds())
         os._exit(FAULT)
+
+    def _meet(self, me: str) -> None:
+        try:
+            dist.monitored_barrier(self._group, timeout=self._meeting, wait_all_ranks=True)
+        except Exception as error:  # it is the message that names the ranks, whatever the type
+            text = str(error).splitlines()[0] if str(error) else repr(error)
+            if self._world.rank == 0:
+                print(f"{me} ranks that do not answer: {text}", file=sys.stderr, flush=True)
+            else:
+                print(f"{me} rank 0 does not answer, or a rank is missing: {text}", file=sys.stderr, flush=True)
 
     def _place(self) -> str:
         """The innermost line of ours that the main thread is in."""
