@@ -160,7 +160,8 @@ def _read_inputs(config: Config, world: World) -> _Inputs:
     corpus = open_corpus(config.data.path, config.data.weights, "train")
     torch.manual_seed(derive_seed(config.train.seed, "initialisation"))
     configuration = model_configuration(config, corpus.vocab_size, corpus.eot_id)
-    warn_if_memoryless(configuration)
+    if world.rank == 0:
+        warn_if_memoryless(configuration)
     model = (
         warm_start(configuration, config.model.init_from) if config.model.init_from else GPTBLMHeadModel(configuration)
     )
