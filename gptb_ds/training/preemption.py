@@ -33,8 +33,13 @@ class StopRequests:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
-            # A rank that stops on request may be asked once more on its way out: that must not become its exit code.
-            signal.signal(number, handler if self.reason is None else signal.SIG_IGN)
+            signal.signal(number, handler)
+
+    def ignore_more(self) -> None:
+        """For a process on its way out: to be asked once more must not become its exit code."""
+        for number in SIGNALS:
+            self._old[number] = signal.SIG_IGN
+            signal.signal(number, signal.SIG_IGN)
 
     def watch(self, stop_file: Path | None, max_seconds: float | None, started: float, margin: float) -> None:
         """Also stop when `stop_file` appears, `max_seconds` after `started`, or `margin` seconds before Slurm's end.

@@ -57,6 +57,8 @@ def train(config: Config) -> int:
         world = join(2 * config.run.hang_seconds)
         try:
             code = _train(config, world, stop, started)
+            if code == STOPPED:
+                stop.ignore_more()
             leave(world)
             return code
         except (ValueError, TrainingError, OSError) as error:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from gptb_ds.config import ConfigError, OptimConfig
 from gptb_ds.training.faults import report
 from gptb_ds.training.metrics import MetricsLog, Progress, read_metrics
-from gptb_ds.training.preemption import StopRequests, slurm_end
+from gptb_ds.training.preemption import SIGNALS, StopRequests, slurm_end
 from gptb_ds.training.run_folder import RunFolder
 from gptb_ds.training.schedule import learning_rate
 from gptb_ds.training.world import World, derive_seed, find_rank
@@ -67,12 +67,22 @@ def test_progress_is_plain_lines_off_a_terminal():
 
 
 def test_signals_are_noted_and_handlers_put_back():
-    before = signal.getsignal(signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    before = handlers[signal.SIGUSR1]
     with StopRequests() as stop:
         assert not stop.pending()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.pending() and stop.reason == "received SIGUSR1"
     assert signal.getsignal(signal.SIGUSR1) == before
+    try:
+        with StopRequests() as stop:
+            stop.ignore_more()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert not stop.pending()
+        os.kill(os.getpid(), signal.SIGUSR1)  # the process goes out: nothing ends it but itself
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, handlers[number])
 
 
 def test_clocks_and_files_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
