@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +20,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = write_corpus(folder / "texts")
     assert main(["prepare", "--source", str(texts), "--out", str(folder / "store"), "--holdout", "0.2"]) == 0
     return folder / "store"
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Whatever became of a test, its ranks end with it: a stopped one (SIGSTOP) would hold up pytest's own end."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join(10)

@@ -99,6 +99,8 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         if manifest is not None:
             print(f"{out} is up to date: {_summary(manifest)}")
             return manifest
+        import datasets  # noqa: F401  (seconds: before anything is written that an interruption would have to remove)
+
         with replacing(out) as work:
             manifest = build(
                 work,

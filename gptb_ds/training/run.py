@@ -54,7 +54,8 @@ def train(config: Config) -> int:
     """
     started = time.time()
     with StopRequests() as stop:
-        world = join(2 * config.run.hang_seconds)
+        # Longer than the watchdog takes: it names the ranks that are missing, a time-out in a collective can't.
+        world = join(config.run.hang_seconds + max(config.run.hang_seconds, 60))
         try:
             code = _train(config, world, stop, started)
             if code == STOPPED:

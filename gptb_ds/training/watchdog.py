@@ -31,7 +31,7 @@ class Watchdog:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._main = threading.main_thread().ident
         self._stage, self._since = "start", time.monotonic()
-        self._ended = threading.Event()
+        self._ended, self._ending = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> Watchdog:
@@ -43,7 +43,10 @@ class Watchdog:
         self._stage, self._since = stage, time.monotonic()
 
     def stop(self) -> None:
+        """Ends the watch. A watchdog that is ending this rank already is left to it: it knows best what is wrong."""
         self._ended.set()
+        if self._ending.is_set():
+            self._thread.join()
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._limit / 4)):
@@ -51,6 +54,7 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
+        self._ending.set()
         me = f"[rank {self._world.rank} on {self._world.host}]"
         print(
             f"{me} no progress for {self._limit:.0f} s since {self._stage}; waiting at {self._place()}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -104,9 +105,10 @@ def _prepare_slowly(source: Path, out: Path) -> None:
 def test_an_interrupted_prepare_leaves_no_store(tmp_path: Path, number: int) -> None:
     source, out = tmp_path / "texts", tmp_path / "store"
     source.mkdir()
-    for part in range(30):
+    for part in range(120):  # seconds of work
         (source / f"{part}.txt").write_text(" ".join(str(i * i % 7919) for i in range(20_000 + part)))
-    for delay in (0.0, 0.3, 1.0):  # after the working folder is there
+    interrupted = 0
+    for delay in (0.0, 0.3, 0.8):  # after the working folder is there
         process = multiprocessing.get_context("spawn").Process(target=_prepare_slowly, args=(source, out))
         process.start()
         while not leftovers(tmp_path) and process.is_alive():
@@ -115,12 +117,19 @@ def test_an_interrupted_prepare_leaves_no_store(tmp_path: Path, number: int) -> 
         assert process.pid is not None and process.is_alive()
         os.kill(process.pid, number)
         process.join()
+        if number == signal.SIGINT and process.exitcode == 0:
+            # Python loses a KeyboardInterrupt now and then, in callbacks of its import locks: then the store is whole.
+            verify(out)
+            shutil.rmtree(out)
+            continue
+        interrupted += 1
         assert process.exitcode != 0
         assert not out.exists()
         with pytest.raises(ValueError, match="no such folder"):
             open_store(out)
         if number == signal.SIGINT:
             assert not leftovers(tmp_path)
+    assert interrupted
     (tmp_path / "small.txt").write_text("good " * 9)
     prepare("--source", tmp_path / "small.txt", "--out", out)
     assert not leftovers(tmp_path)
