@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from gptb_ds.data.encoding import Encoder, Fields, held_out_key, read_documents
 from gptb_ds.data.writer import SplitWriter, write_manifest
 
 _KEYS = 1 << 63
+_PARALLEL_FROM = 32 << 20  # bytes of records below which more processes cost more than they save
+_BATCH = 128  # the most records of a batch, and
+_BATCH_BYTES = 32 << 20  # about the most bytes of one with several records
 _SHOWN = 5  # skipped records that are named; the others are only counted
 
 
@@ -50,7 +54,7 @@ def build(
         if not len(data):
             continue
         encoder = Encoder(made, fields, source.name, stop_on_error)
-        encoded.append(_encode(data, encoder, processes, cache / f"encoded-{number}.arrow"))
+        encoded.append(_encode(data, encoder, processes or _processes(data), cache / f"encoded-{number}.arrow"))
     splits, skipped = _write(encoded, work, encoder, fields.weighted, holdout)
     if not splits["train"]["documents"]:
         left_out = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
@@ -75,10 +79,15 @@ def build(
     )
 
 
-def _encode(data: Any, encoder: Encoder, processes: int | None, cache: Path) -> Any:
+def _processes(data: Any) -> int:
+    return (os.cpu_count() or 1) if data.data.nbytes >= _PARALLEL_FROM else 1
+
+
+def _encode(data: Any, encoder: Encoder, processes: int, cache: Path) -> Any:
     import datasets
 
     cache.parent.mkdir(exist_ok=True)
+    batch = max(1, min(_BATCH, _BATCH_BYTES * len(data) // max(1, data.data.nbytes)))
     value = datasets.Value
     columns = {
         "tokens": value("large_binary"),
@@ -90,12 +99,12 @@ def _encode(data: Any, encoder: Encoder, processes: int | None, cache: Path) -> 
     return data.map(
         encoder,
         batched=True,
-        batch_size=128,
-        writer_batch_size=128,
+        batch_size=batch,
+        writer_batch_size=batch,
         with_indices=True,
         remove_columns=data.column_names,
         features=datasets.Features(columns),
-        num_proc=min(processes, len(data)) if processes else None,
+        num_proc=min(processes, len(data)) if processes > 1 else None,
         load_from_cache_file=False,
         cache_file_name=str(cache),
         new_fingerprint=cache.stem,
@@ -106,9 +115,9 @@ def _encode(data: Any, encoder: Encoder, processes: int | None, cache: Path) -> 
 def _training_texts(sources: list[Source], raw: list[Any], fields: Fields, holdout: float) -> Iterator[str]:
     """The texts that a tokenizer may be trained on: not those held out."""
     for source, data in zip(sources, raw, strict=True):
-        for first in range(0, len(data), 128):
-            batch = data[first : first + 128]
-            indices = list(range(first, min(first + 128, len(data))))
+        for first in range(0, len(data), _BATCH):
+            batch = data[first : first + _BATCH]
+            indices = list(range(first, min(first + _BATCH, len(data))))
             for document in read_documents(batch, indices, fields, source.name):
                 if not document.error and held_out_key(document.content()) >= holdout * _KEYS:
                     yield document.prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import gzip
@@ -20,6 +21,7 @@ _KINDS = {".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(_JSON, "json
 _RAW = {"text": "text_bytes", "json": "json_bytes", "csv": "json_bytes"}
 _PACKED = {".gz", ".zst"}
 _FILE_LIKE = {*_KINDS, *_PACKED, ".txt", ".md", ".py"}  # names that end so mean a file, not a data set
+_CHUNK = 1 << 24  # bytes of a text file that are looked through at once
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
@@ -57,6 +59,9 @@ def find_sources(names: list[str], reading: Reading) -> list[Source]:
             sources += _find(name, reading)
         except ValueError as error:
             errors.append(str(error))
+    of_data_sets = reading.split or reading.config or reading.streaming
+    if of_data_sets and sources and not any(source.kind in ("saved", "loaded") for source in sources):
+        errors.append("--split, --name and --streaming are for data sets; files are read whole")
     if errors:
         raise ValueError("\n".join(errors))
     return sources
@@ -195,28 +200,42 @@ def read_records(kind: str, files: list[str], separator: str | None) -> Iterator
     """The raw records of text, json or csv files, in order; a file that breaks off ends with an error record."""
     readers = {"text": _read_text, "json": _read_json, "csv": _read_csv}
     for file in files:
+        where = file
         try:
             for where, raw in readers[kind](Path(file), separator):
-                yield {_RAW[kind]: raw, "where": where, "error": None}
+                error = str(raw) if isinstance(raw, ValueError) else None
+                yield {_RAW[kind]: None if error else raw, "where": where, "error": error}
         except _READ_ERRORS as error:
-            yield {_RAW[kind]: None, "where": file, "error": f"{file}: cannot be read ({error})"}
+            rest = "" if where == file else "what follows, to the end of the file, "
+            yield {_RAW[kind]: None, "where": where, "error": f"{where}: {rest}cannot be read ({error})"}
 
 
-def _read_text(file: Path, separator: str | None) -> Iterator[tuple[str, bytes]]:
+# A raw record, or what is wrong with it.
+_Records = Iterator[tuple[str, bytes | ValueError]]
+
+
+def _read_text(file: Path, separator: str | None) -> _Records:
     with _open(file) as stream:
-        whole = stream.read()
-    if separator is None:
-        yield str(file), whole
-        return
-    for number, part in enumerate(whole.split(separator.encode()), 1):
-        yield f"{file} (document {number})", part
+        if separator is None:
+            yield str(file), stream.read()
+            return
+        for number, part in enumerate(_parts(stream, separator.encode()), 1):
+            yield f"{file} (document {number})", part
 
 
-def _read_json(file: Path, _: str | None) -> Iterator[tuple[str, bytes]]:
+def _parts(stream: IO[bytes], separator: bytes) -> Iterator[bytes]:
+    rest = b""
+    while chunk := stream.read(_CHUNK):
+        *whole, rest = (rest + chunk).split(separator)
+        yield from whole
+    yield rest
+
+
+def _read_json(file: Path, _: str | None) -> _Records:
     with _open(file) as stream:
         first = stream.readline()
-        if first.lstrip().startswith(b"["):
-            for number, record in enumerate(json.loads(first + stream.read()), 1):
+        if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            for number, record in enumerate(_json_array((first + stream.read()).decode("utf-8-sig")), 1):
                 yield f"{file} (record {number})", json.dumps(record).encode()
             return
         number, line = 1, first
@@ -226,14 +245,46 @@ def _read_json(file: Path, _: str | None) -> Iterator[tuple[str, bytes]]:
             number, line = number + 1, stream.readline()
 
 
-def _read_csv(file: Path, _: str | None) -> Iterator[tuple[str, bytes]]:
+def _json_array(text: str) -> Iterator[Any]:
+    """Its elements one by one, so that those before a mistake are had. Raises ValueError where it is not an array."""
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+
+    def skip(at: int) -> int:
+        return space.match(text, at).end()  # type: ignore[union-attr]
+
+    at = skip(text.index("[") + 1)
+    if text[at : at + 1] != "]":
+        while True:
+            element, at = decoder.raw_decode(text, at)
+            yield element
+            at = skip(at)
+            if text[at : at + 1] != ",":
+                break
+            at = skip(at + 1)
+    if text[at : at + 1] != "]" or skip(at + 1) != len(text):
+        raise json.JSONDecodeError("expected ',' or the array's end", text, at)
+
+
+def _read_csv(file: Path, _: str | None) -> _Records:
     # Not through pandas: it would turn texts like "NA" or "1.0" into numbers and missing values.
     delimiter = _TABLES[next(s for s in map(str.lower, reversed(file.suffixes)) if s in _TABLES)]
     csv.field_size_limit(1 << 30)
-    with _open(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as lines:
+    # Bytes that are not UTF-8 pass as lone surrogates, which are an error of their own row.
+    with (
+        _open(file) as stream,
+        io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines,
+    ):
         rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        names = rows.fieldnames or ()
         for row in rows:
-            yield f"{file}:{rows.line_num}", json.dumps({key: row[key] for key in rows.fieldnames or ()}).encode()
+            where = f"{file}:{rows.line_num}"
+            if None in row:
+                yield (
+                    where,
+                    ValueError(f"{where}: more values than the {len(names)} columns; quote what has a delimiter"),
+                )
+            else:
+                yield where, json.dumps({name: row[name] for name in names}).encode()
 
 
 def _open(file: Path) -> IO[bytes]:
@@ -252,7 +303,7 @@ def _read_errors() -> tuple[type[Exception], ...]:
 
     import zstandard
 
-    return (OSError, EOFError, ValueError, csv.Error, zlib.error, zstandard.ZstdError)
+    return (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, zstandard.ZstdError)
 
 
 _READ_ERRORS = _read_errors()

@@ -43,6 +43,7 @@ class DocumentStore:
         self.path, self.split, self.manifest = path, split, manifest
         self.fingerprint = hashlib.sha256(f"{manifest['fingerprint']}/{split}".encode()).hexdigest()[:32]
         self.tokenizer: str = manifest["tokenizer"]
+        self.tokenizer_fingerprint: str = manifest["tokenizer_fingerprint"]
         self.vocab_size: int = manifest["vocab_size"]
         self.eot_id: int = manifest["eot_id"]
         self.num_documents: int = facts["documents"]
@@ -53,11 +54,6 @@ class DocumentStore:
         self.counted = None
         if manifest["weighted"]:
             self.counted = _map(path / split / "counted.bin", "uint8", scattered=True)
-
-    @property
-    def bytes_per_target(self) -> float:
-        """Text bytes for each target (a document's tokens and its EOT): nats per target -> bits per byte."""
-        return self.num_bytes / (self.num_tokens + self.num_documents)
 
     @property
     def stores(self) -> tuple[DocumentStore, ...]:
@@ -77,10 +73,10 @@ class DocumentStore:
 def open_store(path: str | Path, split: str = "train") -> DocumentStore:
     """Opens one split of a store made by `gptb-ds prepare`.
 
-    What opening guarantees: the manifest is whole and unaltered; every file of the split has its size; files up to
-    16 MiB have their checksum; of larger ones 256 blocks of 64 KiB, the first, the last and evenly spread ones, have
-    theirs. So a truncated, mixed up, regenerated or shifted file is noticed; a few flipped bytes inside a large file
-    are noticed by `verify`, which reads everything.
+    What opening guarantees: the manifest is whole and unaltered; every file of the split and of the tokenizer has its
+    size; files up to 16 MiB have their checksum; of larger ones 256 blocks of 64 KiB, the first, the last and evenly
+    spread ones, have theirs. So a truncated, mixed up, regenerated or shifted file is noticed; a few flipped bytes in a
+    large file are noticed by `verify`, which reads everything.
 
     Raises ValueError, in one line, when there is no store, it is incomplete or altered, or the split has no documents.
     """
@@ -92,7 +88,7 @@ def open_store(path: str | Path, split: str = "train") -> DocumentStore:
         hint = "; prepare it with a larger --holdout" if split == "validation" else ""
         raise ValueError(f"{path}: the split '{split}' has no documents{hint}")
     for name, facts in manifest["files"].items():
-        if Path(name).parts[0] == split:
+        if Path(name).parts[0] in (split, "tokenizer"):
             _check_file(path, name, facts)
     store = DocumentStore(path, split, manifest)
     if int(store.offsets[0]) != 0 or int(store.offsets[-1]) + 1 != len(store.tokens):

@@ -105,10 +105,10 @@ class Encoder:
         return self._filled(ids, counted, len(text.encode(errors="replace")), ids.tobytes())
 
     def _filled(
-        self, ids: npt.NDArray[np.int64], counted: npt.NDArray[np.uint8] | None, size: int, content: bytes
+        self, ids: npt.NDArray[np.integer], counted: npt.NDArray[np.uint8] | None, size: int, content: bytes
     ) -> dict[str, Any]:
         return {
-            "tokens": ids.astype(self.dtype).tobytes(),
+            "tokens": ids.astype(self.dtype, copy=False).tobytes(),
             "counted": None if counted is None else counted.tobytes(),
             "bytes": size,
             "key": held_out_key(content),
@@ -169,10 +169,13 @@ def _decode(raw: bytes, where: str) -> str:
 
 
 def _parse(raw: bytes, where: str) -> dict[str, Any]:
+    text = _decode(raw, where)
     try:
-        record = json.loads(_decode(raw, where))
+        record = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: broken JSON line ({error.msg} at character {error.pos + 1})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets in brackets
+        raise ValueError(f"{where}: broken JSON line ({error})") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a JSON record must be an object with fields, not {type(record).__name__}")
     return record
@@ -192,9 +195,9 @@ def _understand(record: dict[str, Any], where: str, fields: Fields) -> Document:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{where}: the field '{field}' has a lone surrogate at character {error.start}: not Unicode"
-            ) from None
+            escaped = "\udc80" <= value[error.start] <= "\udcff"  # how a byte that is not UTF-8 is read
+            wrong = "is not UTF-8" if escaped else "has a lone surrogate"
+            raise ValueError(f"{where}: the field '{field}' {wrong} at character {error.start}: not Unicode") from None
     return document
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from gptb_ds.arguments import below_one
 from gptb_ds.data import tokenization
 from gptb_ds.data.build import build
 from gptb_ds.data.corpus import Reading, Source, find_sources
@@ -19,7 +20,6 @@ from gptb_ds.data.documents import FORMAT, SPLITS, read_manifest, verify
 from gptb_ds.data.encoding import Fields
 from gptb_ds.data.writer import replacing
 
-_PARALLEL_FROM = 32 << 20  # bytes of sources below which more processes cost more than they save
 # The options that a store's content depends on.
 _CONTENT_OPTIONS = (
     *("tokenizer", "text_field", "prompt_field", "ids_field", "labels_field", "loss_mask_field"),
@@ -62,6 +62,8 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
 def run_prepare(args: argparse.Namespace) -> int:
     """`gptb-ds prepare`. Returns 0; raises ValueError, a line for each error, for what the user has to change."""
     if args.describe:
+        if errors := below_one(args, "lanes", "window", "max-document-tokens"):
+            raise ValueError("\n".join(errors))
         if args.verify:
             verify(args.describe)
         print(describe(Path(args.describe), args.lanes, args.window, args.max_document_tokens))
@@ -73,10 +75,11 @@ def run_prepare(args: argparse.Namespace) -> int:
         errors.append(f"--holdout {args.holdout}: must be at least 0 and below 1")
     if args.labels_field and args.loss_mask_field:
         errors.append("--labels-field and --loss-mask-field: give one of them")
+    if args.prompt_field and (args.ids_field or args.labels_field or args.loss_mask_field):
+        errors.append("--prompt-field: is for text; for tokenised records give --loss-mask-field")
     if args.separator == "":
         errors.append("--separator: must not be empty")
-    if args.num_proc is not None and args.num_proc < 1:
-        errors.append(f"--num-proc {args.num_proc}: must be at least 1")
+    errors += below_one(args, "num-proc")
     try:
         tokenization.check_spec(args.tokenizer)
     except ValueError as error:
@@ -93,7 +96,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     sources = find_sources(args.source, reading)
     recipe = _recipe(args, sources)
     out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _check_place(out, args.source)
     with FileLock(out.parent / f".{out.name}.lock"):
         manifest = _existing(out, recipe, args.overwrite)
         if manifest is not None:
@@ -110,20 +113,46 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
                 tokenizer=args.tokenizer,
                 holdout=args.holdout,
                 stop_on_error=args.on_error == "stop",
-                processes=_processes(args, sources),
+                processes=args.num_proc,
                 facts={"recipe": recipe, "sources": args.source},
             )
     print(f"{out}: {_summary(manifest)}")
     for kind, count in manifest["skipped"].items():
         if count:
             print(f"left out: {count} {kind}")
+    for warning in _warnings(manifest, args.holdout):
+        print(f"warning: {warning}")
     return manifest
+
+
+def _warnings(manifest: dict[str, Any], holdout: float) -> list[str]:
+    train, held_out = (manifest["splits"][split] for split in SPLITS)
+    if holdout and not held_out["documents"]:
+        return ["nothing is held out: it takes two different documents (--separator parts a text file into several)"]
+    share = held_out["tokens"] / (train["tokens"] + held_out["tokens"])
+    if share > 2 * holdout and share > 0.2:
+        return [f"{share:.0%} of the tokens are held out, in {held_out['documents']} of few documents"]
+    return []
+
+
+def _check_place(out: Path, sources: list[str]) -> None:
+    """Makes the folder that `out` comes into. Raises ValueError when it can't be written or `out` lies in a source."""
+    for source in map(Path, sources):
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise ValueError(f"--out {out}: lies in --source {source}, which would read it; choose a folder outside")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 def _recipe(args: argparse.Namespace, sources: list[Source]) -> str:
     """Equal when the same files (path, size, time of change) are prepared with the same options."""
     files = [[source.kind, source.name, [_stamp(file) for file in source.files]] for source in sources]
-    tokenizer = [_stamp(file) for file in sorted(Path(args.tokenizer).rglob("*")) if file.is_file()]
+    own = tokenization.needs_no_files(args.tokenizer)
+    tokenizer = [] if own else [_stamp(file) for file in sorted(Path(args.tokenizer).rglob("*")) if file.is_file()]
     content = [FORMAT, files, tokenizer, [getattr(args, name) for name in _CONTENT_OPTIONS]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
@@ -145,9 +174,13 @@ def _existing(out: Path, recipe: str, overwrite: bool) -> dict[str, Any] | None:
         raise ValueError(
             f"--out {out}: exists and is not a whole document store; choose another folder or remove it"
         ) from None
+    named = {out / name for name in (*manifest["files"], "store.json")}
+    foreign = sorted(p for p in out.rglob("*") if p.is_file() and p not in named)
     whole = all((out / n).is_file() and (out / n).stat().st_size == f["size"] for n, f in manifest["files"].items())
     if manifest["recipe"] == recipe and whole:
         return manifest
+    if overwrite and foreign:
+        raise ValueError(f"--out {out}: has files that are not the store's, such as {foreign[0]}; move them away first")
     if overwrite:
         return None
     reason = "was made from other inputs or options" if whole else "is damaged"
@@ -158,13 +191,6 @@ def _fields(args: argparse.Namespace) -> Fields:
     masked = args.labels_field or args.loss_mask_field
     ids = args.ids_field or ("input_ids" if masked else None)
     return Fields(args.text_field, args.prompt_field, ids, args.labels_field, args.loss_mask_field)
-
-
-def _processes(args: argparse.Namespace, sources: list[Source]) -> int | None:
-    if args.num_proc is not None:
-        return args.num_proc
-    size = sum(file.stat().st_size for source in sources for file in source.files)
-    return os.cpu_count() if size >= _PARALLEL_FROM else None
 
 
 def _summary(manifest: dict[str, Any]) -> str:

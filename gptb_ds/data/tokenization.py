@@ -37,6 +37,11 @@ def load(spec: str, texts: Iterator[str]) -> Any:
         ) from None
 
 
+def needs_no_files(spec: str) -> bool:
+    """Whether the tokenizer is one that is made here, not read from a folder or the hub."""
+    return spec == "bytes" or spec.startswith("bpe:")
+
+
 def check_spec(spec: str) -> None:
     """Raises ValueError when a BPE's size is not usable, before any work is done."""
     if spec.startswith("bpe:") and (not spec[4:].isdigit() or int(spec[4:]) < 257):
@@ -84,13 +89,13 @@ def fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
     """Token ids of each text. Text that spells a special token is text: it never becomes that token.
 
     Raises UnicodeEncodeError for a text with a lone surrogate.
     """
     if is_bytes(tokenizer):
-        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) + 3 for text in texts]
+        return [np.frombuffer(text.encode(), dtype=np.uint8) + np.uint16(3) for text in texts]
     for text in texts:
         text.encode()
     ids = tokenizer(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from gptb_ds.data import corpus
 from gptb_ds.data.corpus import Reading, Source, find_sources, open_source
 from gptb_ds.data.documents import open_store
 from tests.data_stores import fail, prepare, texts_of
@@ -187,6 +188,8 @@ BAD_LINES = [
     (b'{"text": 5}', "the field 'text' is int, not text"),
     (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
     (b'{"text": "\\ud800"}', "the field 'text' has a lone surrogate"),
+    (b'{"text": ' + b"[" * 100_000, "broken JSON line (maximum recursion depth"),
+    (b'{"text": ' + b"1" * 5_000 + b"}", "broken JSON line (Exceeds the limit"),
 ]
 
 
@@ -326,3 +329,51 @@ def test_open_source_alone(tmp_path: Path) -> None:
     assert [source.kind for source in sources] == ["text", "json", "text"]
     first = open_source(sources[0], Reading(), ["text"], tmp_path / "cache")
     assert [Path(where).name for where in first["where"]] == ["c.md"]
+
+
+def skipping(source: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], str]:
+    """The texts that are left of a source whose bad records are skipped, and what was said of those."""
+    capsys.readouterr()
+    prepare("--source", source, "--out", out, "--on-error", "skip", "--holdout", 0)
+    return texts_of(out), capsys.readouterr().out
+
+
+def test_a_bad_row_of_a_table_costs_that_row_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "a.csv"
+    table.write_bytes(b'id,text\n1,one\n2,tw\xffo\n3,three, three\n4,"four, 4"\n')
+    assert "a.csv:3: the field 'text' is not UTF-8 at character 2" in fail("--source", table, "--out", tmp_path / "s")
+    texts, said = skipping(table, tmp_path / "s", capsys)
+    assert texts == ["four, 4", "one"]
+    assert "a.csv:4: more values than the 2 columns" in said and "left out: 2 records with errors" in said
+    table.write_text('id,text\n1,one\n2,"two\n3,three\n')
+    texts, said = skipping(table, tmp_path / "t", capsys)
+    assert texts == ["one"] and "a.csv:2: what follows, to the end of the file, cannot be read" in said
+
+
+def test_arrays_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    array = tmp_path / "a.json"
+    array.write_bytes(b'\xef\xbb\xbf [ {"text": "b"},\n{"text": "a"} , {"text": "c"}\n]\n')
+    prepare("--source", array, "--out", tmp_path / "whole", "--holdout", 0)
+    assert texts_of(tmp_path / "whole") == ["a", "b", "c"]
+    for number, rest in enumerate((', {"tex', ' {"text": "x"}]', "] []", "")):
+        array.write_text('[{"text": "a"}, {"text": "b"}' + rest)
+        texts, said = skipping(array, tmp_path / f"{number}", capsys)
+        assert texts == ["a", "b"]
+        assert "a.json (record 2): what follows, to the end of the file, cannot be read" in said
+    array.write_text(" [ ] ")
+    assert "the corpus is empty" in fail("--source", array, "--out", tmp_path / "none")
+
+
+def test_separators_across_the_chunks_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("one--two---three--four")
+    for chunk in (1, 2, 3, 5, 100):
+        monkeypatch.setattr(corpus, "_CHUNK", chunk)
+        records = corpus.read_records("text", [str(tmp_path / "a.txt")], "--")
+        assert [record["text_bytes"] for record in records] == [b"one", b"two", b"-three", b"four"]
+
+
+def test_options_of_data_sets_are_not_for_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines_of(RECORDS))
+    for option in (["--split", "test"], ["--name", "x"], ["--streaming"]):
+        message = fail("--source", tmp_path / "a.jsonl", *option, "--out", tmp_path / "s")
+        assert message == "--split, --name and --streaming are for data sets; files are read whole"

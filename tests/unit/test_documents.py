@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from gptb_ds.data.documents import open_store, verify
-from tests.data_stores import numbered_documents, write_store
+from gptb_ds.data.mixture import bytes_per_target
+from tests.data_stores import numbered_documents, prepare, write_store
 
 DOCUMENTS = numbered_documents([3, 0, 7, 1])
 
@@ -21,7 +22,7 @@ def test_round_trip(tmp_path: Path) -> None:
     store = open_store(path)
     assert [store.document(i).tolist() for i in range(store.num_documents)] == DOCUMENTS
     assert (store.num_documents, store.num_tokens, store.num_bytes) == (4, 11, 11)
-    assert store.bytes_per_target == 11 / 15
+    assert bytes_per_target([store]) == 11 / 15
     held_out = open_store(path, "validation")
     assert held_out.document(0).tolist() == [9, 8]
     assert held_out.fingerprint != store.fingerprint
@@ -128,3 +129,12 @@ def test_verify_finds_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     path = write_store(tmp_path, [[5, 300]])
     with pytest.raises(ValueError, match=r"beyond the vocabulary \(300\)"):
         verify(path)
+
+
+def test_an_altered_tokenizer_is_noticed_on_opening(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    prepare("--source", tmp_path / "a.txt", "--out", tmp_path / "store")
+    with next((tmp_path / "store/tokenizer").glob("*.json")).open("a") as file:
+        file.write(" ")
+    with pytest.raises(ValueError, match=r"tokenizer/.*has \d+ bytes instead of"):
+        open_store(tmp_path / "store")

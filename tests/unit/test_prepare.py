@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 
 from gptb_ds.data.documents import DocumentStore, load_tokenizer, open_store, verify
+from gptb_ds.data.mixture import bytes_per_target
 from tests.data_stores import fail, prepare, texts_of
 
 TEXTS = {"a.txt": "first document", "b.txt": "zweites Dokument, größer", "sub/c.txt": "third\r\n" * 40, "d.txt": "vier"}
+
+
+def texts_below(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes().decode() for p in folder.rglob("[!.]*") if p.is_file()}
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -59,7 +64,7 @@ def test_trained_bpe_and_tokenizers_by_folder(folder: Path, tmp_path: Path) -> N
     (folder / "long.txt").write_text("the cat sat on the mat. " * 200)
     assert prepare("--source", folder, "--tokenizer", "bpe:280", "--out", tmp_path / "bpe") == 0
     store = open_store(tmp_path / "bpe")
-    assert store.vocab_size <= 280 and store.bytes_per_target > 1.2
+    assert store.vocab_size <= 280 and bytes_per_target([store]) > 1.2
     assert texts_of(tmp_path / "bpe") == sorted([*TEXTS.values(), "the cat sat on the mat. " * 200])
     for number, name in enumerate((tmp_path / "bpe", tmp_path / "bpe/tokenizer")):  # a store, or a tokenizer's folder
         prepare("--source", folder, "--tokenizer", name, "--out", tmp_path / f"again-{number}")
@@ -90,8 +95,14 @@ def test_second_run_is_instant_and_changed_inputs_are_noticed(
 
 def test_a_folder_with_something_else_is_never_replaced(folder: Path, tmp_path: Path) -> None:
     for arguments in ([], ["--overwrite"]):
-        assert "not a whole document store" in fail("--source", folder, "--out", folder, *arguments)
-    assert (folder / "a.txt").read_text() == TEXTS["a.txt"]
+        assert "not a whole document store" in fail("--source", folder / "a.txt", "--out", folder / "sub", *arguments)
+        assert "lies in --source" in fail("--source", folder, "--out", folder / "sub", *arguments)
+    assert texts_below(folder) == TEXTS
+    store = tmp_path / "store"
+    prepare("--source", folder, "--out", store)
+    (store / "notes.txt").write_text("mine")
+    assert "not the store's, such as" in fail("--source", folder / "a.txt", "--out", store, "--overwrite")
+    assert (store / "notes.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     assert prepare("--source", folder, "--out", tmp_path / "empty") == 0
 
@@ -217,6 +228,10 @@ def test_all_option_errors_at_once() -> None:
             "--tokenizer", "bpe:12", "--holdout", 1, "--num-proc", 0, "--labels-field", "l", "--loss-mask-field", "m"
         )
     lines = str(caught.value).splitlines()
+    assert "lanes 0: must be at least 1" in fail("--describe", "x", "--lanes", 0)
+    assert "--prompt-field: is for text" in fail(
+        "--source", "x", "--out", "y", "--prompt-field", "p", "--ids-field", "i"
+    )
     assert [line.split()[0] for line in lines] == [
         "--source:",
         "--out:",
@@ -247,3 +262,35 @@ def test_standard_library(tmp_path: Path) -> None:
     store = open_store(tmp_path / "store")
     assert store.num_documents > 400 and 8e6 < store.num_tokens < 20e6
     assert open_store(tmp_path / "store", "validation").num_documents > 10
+
+
+def test_what_a_small_corpus_holds_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("word " * 100)
+    prepare("--source", book, "--out", tmp_path / "one")
+    assert "warning: nothing is held out: it takes two different documents" in capsys.readouterr().out
+    notes = [tmp_path / f"{number}.txt" for number in range(9)]
+    for number, note in enumerate(notes):
+        note.write_text(f"note {number} " * 9)
+    prepare("--source", *notes, "--out", tmp_path / "few", "--holdout", 0.05)
+    assert "of the tokens are held out" not in capsys.readouterr().out
+    prepare("--source", *notes[:3], "--out", tmp_path / "fewer", "--holdout", 0.05)
+    assert "warning: 33% of the tokens are held out, in 1 of few documents" in capsys.readouterr().out
+    prepare("--source", book, "--out", tmp_path / "all", "--holdout", 0)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written(folder: Path) -> None:
+    message = fail("--source", folder / "b.txt", "--out", folder / "a.txt" / "store")
+    assert "a.txt/store: cannot be written" in message and "choose another folder" in message
+
+
+def test_a_folder_named_like_a_tokenizer_changes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare("--source", folder, "--out", tmp_path / "store")
+    (tmp_path / "bytes").mkdir()
+    (tmp_path / "bytes/file").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    prepare("--source", folder, "--out", tmp_path / "store")
+    assert "is up to date" in capsys.readouterr().out
