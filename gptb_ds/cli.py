@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from gptb_ds.config import Config, Group, load_config
 
-DONE, USAGE = 0, 2
+DONE, FAULT, USAGE = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except OSError as error:
+        if error.filename is None:  # not of a file that the user named
+            raise
+        print(f"gptb-ds {chosen}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return FAULT
 
 
 def _parser(verb: str, add_arguments: Callable[[argparse.ArgumentParser], None], text: str) -> argparse.ArgumentParser:
@@ -91,10 +96,14 @@ def _value(text: str | list[str]) -> str | list[str] | None:
 
 def _train(argv: Sequence[str]) -> int:
     config = parse_train(argv)
-    # DeepSpeed loads only for who needs it; the other verbs load what is theirs likewise.
-    from gptb_ds.training.run import train
+    from gptb_ds.training.preemption import StopRequests
 
-    return train(config)
+    # From now on: what follows takes seconds, and to be asked to stop meanwhile is no fault.
+    with StopRequests() as stop:
+        # DeepSpeed loads only for who needs it; the other verbs load what is theirs likewise.
+        from gptb_ds.training.run import train
+
+        return train(config, stop)
 
 
 def _prepare(argv: Sequence[str]) -> int:

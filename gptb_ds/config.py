@@ -18,7 +18,7 @@ class ConfigError(ValueError):
 class Group(BaseModel):
     """A frozen group of keys; an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Group):
@@ -98,7 +98,9 @@ class RunConfig(Group):
     save_every: int = Field(500, ge=0, description="updates between checkpoints (0 = only at the end)")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     log_every: int = Field(10, ge=1, description="updates between progress lines")
-    eval_every: int = Field(500, ge=0, description="updates between evaluations (0 = only at the end)")
+    eval_every: int = Field(
+        500, ge=0, description="updates between evaluations, the first before any (0 = only at the end)"
+    )
     eval_tokens: int = Field(100_000, ge=1, description="held-out tokens of an evaluation while training")
     sample_every: int = Field(0, ge=0, description="updates between text samples (0 = none)")
     sample_tokens: int = Field(200, ge=1, description="tokens of a sample")
@@ -194,7 +196,7 @@ def _read_yaml(source: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold groups of keys (model:, data:, ...), not {type(values).__name__}")
-    return values
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _line(error: Any) -> str:

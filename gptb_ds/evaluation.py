@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from gptb_ds.arguments import below_one
 from gptb_ds.data.collator import Window, held_out_windows
-from gptb_ds.data.mixture import open_corpus
+from gptb_ds.data.mixture import bytes_per_target, open_corpus
+from gptb_ds.data.tokenization import describe, fingerprint
 from gptb_ds.training.objective import WindowObjective
 from gptb_ds.training.world import World
 
@@ -41,9 +43,9 @@ def held_out_loss(
     return loss_sum / max(count, 1.0), count
 
 
-def metrics_of(loss: float, bytes_per_target: float) -> dict[str, float]:
+def metrics_of(loss: float, target_bytes: float) -> dict[str, float]:
     """The line that an evaluation adds to metrics.jsonl."""
-    return {"eval_loss": loss, "eval_bits_per_byte": loss / math.log(2) / bytes_per_target}
+    return {"eval_loss": loss, "eval_bits_per_byte": loss / math.log(2) / target_bytes}
 
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,14 +61,14 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(args: argparse.Namespace, load: Callable[[str], tuple[Any, Any]]) -> int:
     """The verb `evaluate`. Raises ValueError for a model or a store that can't be used."""
-    if min(args.lanes, args.window) < 1:
-        raise ValueError(f"--lanes {args.lanes} and --window {args.window} must be at least 1")
-    model, _ = load(args.model)
+    if errors := below_one(args, "lanes", "window", "max-tokens", "max-document-tokens"):
+        raise ValueError("\n".join(errors))
+    model, tokenizer = load(args.model)
     corpus = open_corpus(args.data, None, args.split)
-    if corpus.vocab_size > model.config.vocab_size:
+    if fingerprint(tokenizer) != corpus.tokenizer_fingerprint:
         raise ValueError(
-            f"--data {' '.join(args.data)} has {corpus.vocab_size} kinds of tokens, {args.model} knows"
-            f" {model.config.vocab_size}: evaluate it on a store of its own tokenizer"
+            f"--data {' '.join(args.data)}: its tokens are of {corpus.tokenizer}, those of {args.model} of"
+            f" {describe(tokenizer)}; prepare the text with the model's tokenizer"
         )
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     objective = WindowObjective(model.to(world.device)).eval()
@@ -83,7 +85,7 @@ def run_evaluate(args: argparse.Namespace, load: Callable[[str], tuple[Any, Any]
     loss, count = held_out_loss(objective, windows, state_BSE, world)
     if count == 0:
         raise ValueError(f"--data {' '.join(args.data)}: split '{args.split}' has no counted target")
-    result = metrics_of(loss, corpus.bytes_per_target) | {"targets": int(count)}
+    result = metrics_of(loss, bytes_per_target(corpus.stores, args.max_document_tokens)) | {"targets": int(count)}
     if args.json:
         print(json.dumps(result))
     else:

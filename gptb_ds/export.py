@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gptb_ds.config import Config
 from gptb_ds.model.configuration import GPTBConfig
-from gptb_ds.model.modeling import GPTBLMHeadModel
+from gptb_ds.model.modeling import INHERITED, GPTBLMHeadModel
 from gptb_ds.training.checkpoint import CheckpointReader, checkpoint_folders, newest_good, verify
 from gptb_ds.training.world import World
 
@@ -39,15 +40,16 @@ def load_any(path: str) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
     )
 
 
-def model_configuration(config: Config, vocab_size: int, eot_id: int, n_positions: int | None = None) -> GPTBConfig:
+def model_configuration(
+    config: Config, vocab_size: int, eot_id: int, inherited: dict[str, Any] | None = None
+) -> GPTBConfig:
     """The model that a run's configuration describes, over a store's vocabulary.
 
-    `n_positions` is above the number of slots only after a warm start, which keeps what GPT-2 had.
+    `inherited` is what a warm start took over (see `modeling.INHERITED`).
     """
     model = config.model
     return GPTBConfig(
         vocab_size=vocab_size,
-        n_positions=n_positions or model.num_slots,
         num_slots=model.num_slots,
         n_layer=model.n_layer,
         n_head=model.n_head,
@@ -58,6 +60,7 @@ def model_configuration(config: Config, vocab_size: int, eot_id: int, n_position
         attn_pdrop=model.dropout,
         bos_token_id=eot_id,
         eos_token_id=eot_id,
+        **({"n_positions": model.num_slots} if inherited is None else inherited),
     )
 
 
@@ -69,9 +72,8 @@ def _load_checkpoint(folder: Path) -> tuple[GPTBLMHeadModel, PreTrainedTokenizer
         raise ValueError(f"{run / 'config.yaml'}: the run's configuration cannot be read: {error}") from None
     reader = CheckpointReader(folder)
     identity = reader.manifest.identity
-    model = GPTBLMHeadModel(
-        model_configuration(config, identity["vocab_size"], identity["eot_id"], identity["n_positions"])
-    )
+    inherited = {key: identity[key] for key in INHERITED}
+    model = GPTBLMHeadModel(model_configuration(config, identity["vocab_size"], identity["eot_id"], inherited))
     parameters = dict(model.named_parameters())
     reader.check_model({name: tuple(p.shape) for name, p in parameters.items()})
     with torch.no_grad():

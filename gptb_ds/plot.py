@@ -35,7 +35,7 @@ def run_plot(args: argparse.Namespace) -> int:
         steps = [line for line in lines if line.get("loss") is not None]
         if not steps:
             raise ValueError(f"{path}: holds no update yet; train first")
-        tokens = {line["update"]: line["tokens"] for line in lines if "tokens" in line}
+        tokens = {0: 0} | {line["update"]: line["tokens"] for line in lines if "tokens" in line}
         (drawn,) = axes.plot(
             [line["tokens"] for line in steps],
             [line["loss"] / math.log(2) for line in steps],

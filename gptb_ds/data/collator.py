@@ -141,11 +141,11 @@ def held_out_windows(
 
     Lane l reads documents l, l+L, ..; what follows its last one is EOT with weight 0. All ranks yield the same number
     of windows. `max_tokens` cuts after so many columns that at most so many targets are read over all ranks (at least
-    one column). Raises ValueError when the ranks don't divide the lanes.
+    one column), of documents from all over the corpus. Raises ValueError when the ranks don't divide the lanes.
     """
     own = rank_lanes(lanes, rank, world_size)
     sources = [Pieces(store.offsets, max_document_tokens) for store in corpus.stores]
-    order = FixedOrder(sources)
+    order = FixedOrder(sources, mixed=max_tokens is not None and max_tokens < sum(pieces.inputs for pieces in sources))
     columns = _held_out_columns(order, sum(pieces.count for pieces in sources), lanes, max_tokens)
     ordinal = np.arange(own.start, own.stop)
     cursor = Cursor(order, ordinal, np.zeros_like(ordinal), lanes)

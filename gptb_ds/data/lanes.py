@@ -172,14 +172,19 @@ class ShuffledOrder:
 
 
 class FixedOrder:
-    """Every piece of every source once, in the order of the stores; then nothing."""
+    """Every piece of every source once, then nothing: in the order of the stores, or `mixed`, always the same way."""
 
-    def __init__(self, sources: Sequence[Pieces]) -> None:
-        self._sources = sources
+    def __init__(self, sources: Sequence[Pieces], mixed: bool = False) -> None:
+        self._sources, self._mixed = sources, mixed
         self._firsts = np.cumsum([0] + [pieces.count for pieces in sources])
 
     def __call__(self, ordinal: Ints) -> tuple[Ints, Ints, Ints]:
-        return _split(self._sources, self._firsts, ordinal)
+        number, size = ordinal, int(self._firsts[-1])
+        if self._mixed:
+            there = np.flatnonzero(ordinal < size)
+            number = ordinal.copy()
+            number[there] = permute(ordinal[there], size, _epoch_keys(0, 0, np.zeros_like(there)))
+        return _split(self._sources, self._firsts, number)
 
 
 def _split(sources: Sequence[Pieces], firsts: Ints, number: Ints) -> tuple[Ints, Ints, Ints]:

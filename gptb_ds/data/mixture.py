@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from gptb_ds.data.documents import DocumentStore, open_store
+from gptb_ds.data.lanes import Pieces
 
 
 class Mixture:
@@ -19,7 +21,7 @@ class Mixture:
     def __init__(self, stores: Sequence[DocumentStore], weights: Sequence[float] | None) -> None:
         first = stores[0]
         for store in stores[1:]:
-            if store.manifest["tokenizer_fingerprint"] != first.manifest["tokenizer_fingerprint"]:
+            if store.tokenizer_fingerprint != first.tokenizer_fingerprint:
                 raise ValueError(
                     f"{store.path} has the tokenizer {store.tokenizer}, {first.path} has {first.tokenizer};"
                     " a mixture needs equal tokenizers: prepare one of them again with the other's"
@@ -27,17 +29,26 @@ class Mixture:
         self.stores = tuple(stores)
         self.weights = None if weights is None else tuple(w / sum(weights) for w in weights)
         self.path, self.split = first.path, first.split
-        self.tokenizer, self.vocab_size, self.eot_id = first.tokenizer, first.vocab_size, first.eot_id
+        self.tokenizer, self.tokenizer_fingerprint = first.tokenizer, first.tokenizer_fingerprint
+        self.vocab_size, self.eot_id = first.vocab_size, first.eot_id
         self.num_documents = sum(store.num_documents for store in stores)
         self.num_tokens = sum(store.num_tokens for store in stores)
         self.num_bytes = sum(store.num_bytes for store in stores)
         parts = [store.fingerprint for store in stores] + [repr(self.weights)]
         self.fingerprint = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
 
-    @property
-    def bytes_per_target(self) -> float:
-        """Text bytes for each target over all stores, whatever their weights."""
-        return self.num_bytes / (self.num_tokens + self.num_documents)
+
+def bytes_per_target(
+    stores: Sequence[DocumentStore], max_document_tokens: int | None = None, weights: Sequence[float] | None = None
+) -> float:
+    """Text bytes for each target (a piece's tokens and its EOT), by which nats per target become bits per byte.
+
+    Of all documents once, or of `weights`, the share of the targets that each store gives (their sum is 1).
+    """
+    targets = [Pieces(store.offsets, max_document_tokens).inputs for store in stores]
+    if weights is None:
+        weights = [count / sum(targets) for count in targets]
+    return sum(w * store.num_bytes / count for w, store, count in zip(weights, stores, targets, strict=True))
 
 
 def open_corpus(
@@ -49,7 +60,7 @@ def open_corpus(
     """
     if not paths:
         raise ValueError("data.path is empty; give a store made by gptb-ds prepare")
-    if weights is not None and (len(weights) != len(paths) or min(weights) <= 0):
+    if weights is not None and (len(weights) != len(paths) or not all(0 < w < math.inf for w in weights)):
         raise ValueError(f"data.weights {list(weights)}: give one number above 0 for each of {len(paths)} stores")
     stores = [open_store(path, split) for path in paths]
     return stores[0] if len(stores) == 1 else Mixture(stores, weights)

@@ -18,6 +18,12 @@ from gptb_ds.model import attention
 from gptb_ds.model.configuration import GPTBConfig, as_gptb_config
 from gptb_ds.model.recurrence import SlotRecurrence
 
+# What a run's configuration has no key for: GPT-2's defaults, or what the model of a warm start has.
+INHERITED = (
+    *("n_positions", "n_inner", "activation_function", "layer_norm_epsilon", "tie_word_embeddings"),
+    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
+)
+
 
 class GPTBOutput(NamedTuple):
     """`logits` (B, T, V), the new state (B, S-1, E), and the loss (a scalar) when labels were given."""
@@ -146,17 +152,19 @@ def _mean_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tenso
 def warm_start(config: GPT2Config, path: str) -> GPTBLMHeadModel:
     """A model whose blocks start from the GPT-2 (or GPTB) at `path`, a folder or a hub name, in float32, for training.
 
-    Only `initial_embeds` is new, unless `path` has one of the same shape. `n_positions` follows `path`.
+    Only `initial_embeds` is new, unless `path` has one of the same shape. What `INHERITED` names follows `path`.
 
-    Raises ValueError when the shape of the model at `path` is not that of `config`.
+    Raises ValueError when the shape of the model at `path` is not that of `config`, or when it has cross-attention.
     """
     config = as_gptb_config(config)
     source = AutoConfig.from_pretrained(path)
     if not isinstance(source, GPT2Config):
         raise ValueError(f"{path} holds a {source.model_type} model; GPTB starts from a GPT-2")
-    config.n_positions = source.n_positions
-    keys = ("n_layer", "n_head", "n_embd", "n_inner", "vocab_size", "layer_norm_epsilon")
-    pairs = [(key, getattr(config, key), getattr(source, key)) for key in keys]
+    if source.add_cross_attention:
+        raise ValueError(f"the model at {path} has cross-attention, which GPTB has no use for; choose another")
+    for key in INHERITED:
+        setattr(config, key, getattr(source, key))
+    pairs = [(key, getattr(config, key), getattr(source, key)) for key in ("n_layer", "n_head", "n_embd", "vocab_size")]
     wrong = [f"{key} {ours} (there: {theirs})" for key, ours, theirs in pairs if ours != theirs]
     if wrong:
         raise ValueError(f"the model at {path} has another shape: {', '.join(wrong)}; set what it has")

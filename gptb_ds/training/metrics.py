@@ -17,6 +17,7 @@ from gptb_ds.files import replace_file
 
 # What a metrics line says about speed: everything else is reproducible to the last digit on the same ranks.
 SPEEDS = frozenset({"tokens_per_second", "wait_fraction"})
+_BAR = "{n_fmt}/{total_fmt} [{remaining}]{postfix}"  # a bar of blocks would leave no room in 80 columns
 
 
 class MetricsLog:
@@ -72,21 +73,19 @@ class Progress:
         self._updates, self._log_every, self._first, self._started = updates, log_every, done, time.monotonic()
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=updates, initial=done, unit="update", dynamic_ncols=True, smoothing=0.05)
+            self._bar = tqdm(total=updates, initial=done, dynamic_ncols=True, smoothing=0.05, bar_format=_BAR)
         self._write = write or (lambda text: print(text, flush=True))
 
     def update(self, line: dict[str, Any], bits_per_byte: float) -> None:
-        parts = (
-            f"loss {line['loss']:.4f} | bpb {bits_per_byte:.3f} | grad {line['grad_norm']:.3f} | lr {line['lr']:.2e}"
-            f" | {line['tokens_per_second']:,.0f} tok/s"
-        )
+        parts = [f"loss {line['loss']:.4f}", f"bpb {bits_per_byte:.3f}", f"grad {line['grad_norm']:.3f}"]
+        parts += [f"lr {line['lr']:.2e}", f"{line['tokens_per_second']:,.0f} tok/s"]
         if self._bar is not None:
-            self._bar.set_postfix_str(parts, refresh=False)
+            self._bar.set_postfix_str(" ".join(parts), refresh=False)
             self._bar.update(line["update"] - self._bar.n)
         elif line["update"] % self._log_every == 0 or line["update"] in (1, self._updates):
             rate = (time.monotonic() - self._started) / (line["update"] - self._first)
             eta = _duration(rate * (self._updates - line["update"]))
-            self._write(f"update {line['update']}/{self._updates} | {parts} | ETA {eta}")
+            self._write(" | ".join([f"update {line['update']}/{self._updates}", *parts, f"ETA {eta}"]))
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""

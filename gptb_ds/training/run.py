@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -14,15 +15,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gptb_ds.config import Config, ConfigError, divisors, save_config
-from gptb_ds.data.collator import LaneCollator, Prefetcher, held_out_windows
+from gptb_ds.data.collator import Corpus, LaneCollator, Prefetcher, held_out_windows
 from gptb_ds.data.documents import load_tokenizer
-from gptb_ds.data.mixture import open_corpus
+from gptb_ds.data.mixture import bytes_per_target, open_corpus
 from gptb_ds.evaluation import held_out_loss, metrics_of
 from gptb_ds.export import model_configuration
 from gptb_ds.files import replace_file
 from gptb_ds.generation import generate
 from gptb_ds.model.configuration import warn_if_memoryless
-from gptb_ds.model.modeling import GPTBLMHeadModel, warm_start
+from gptb_ds.model.modeling import INHERITED, GPTBLMHeadModel, warm_start
 from gptb_ds.training.checkpoint import (
     CheckpointReader,
     changed_settings,
@@ -46,35 +47,34 @@ DONE, FAULT, USAGE = 0, 1, 2
 Say = Callable[[str], None]
 
 
-def train(config: Config) -> int:
+def train(config: Config, stop: StopRequests) -> int:
     """Trains as `config` says on the ranks that a launcher started; returns the exit code.
 
     Raises ValueError for what the user gave. With several ranks, or at a fault, the process ends at once instead: ranks
     that wait in a collective are freed by the launcher, or by the closed connection.
     """
     started = time.time()
-    with StopRequests() as stop:
-        # Longer than the watchdog takes: it names the ranks that are missing, a time-out in a collective can't.
-        world = join(config.run.hang_seconds + max(config.run.hang_seconds, 60))
-        try:
-            code = _train(config, world, stop, started)
-            if code == STOPPED:
-                stop.ignore_more()
-            leave(world)
-            return code
-        except (ValueError, TrainingError, OSError) as error:
-            if world.size == 1 and isinstance(error, ValueError):
-                raise
-            if world.rank == 0:
-                for line in str(error).splitlines():
-                    print(f"gptb-ds train: {line}", file=sys.stderr)
-            code = USAGE if isinstance(error, ValueError) else FAULT
-        except BaseException as error:
-            report(error, world)
-            code = FAULT
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    # Longer than the watchdog takes: it names the ranks that are missing, a time-out in a collective can't.
+    world = join(config.run.hang_seconds + max(config.run.hang_seconds, 60))
+    try:
+        code = _train(config, world, stop, started)
+        if code == STOPPED:
+            stop.ignore_more()
+        leave(world)
+        return code
+    except (ValueError, TrainingError, OSError) as error:
+        if world.size == 1 and isinstance(error, ValueError):
+            raise
+        if world.rank == 0:
+            for line in str(error).splitlines():
+                print(f"gptb-ds train: {line}", file=sys.stderr)
+        code = USAGE if isinstance(error, ValueError) else FAULT
+    except BaseException as error:
+        report(error, world)
+        code = FAULT
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _train(config: Config, world: World, stop: StopRequests, started: float) -> int:
@@ -120,16 +120,18 @@ def _train(config: Config, world: World, stop: StopRequests, started: float) -> 
         stop=stop,
         log=MetricsLog(folder.path / "metrics.jsonl") if world.rank == 0 else None,
         watchdog=watchdog,
-        evaluate=lambda: _evaluate(config, world, engine, inputs.held_out),
-        sample=lambda: _sample(config, engine, inputs.tokenizer, inputs.held_out.eot_id),
+        evaluate=(lambda: _evaluate(config, world, engine, inputs.held_out)) if inputs.held_out else None,
+        sample=lambda: _sample(config, engine, inputs.tokenizer, inputs.collator.corpus.eot_id),
     )
     if reader is not None:
         trainer.resume(reader)
     if trainer.log:
-        trainer.log.cut_after(trainer.at.update)
+        trainer.log.cut_after(-1 if reader is None else trainer.at.update)
         replace_file(folder.path / "config.yaml", save_config(config).encode())
         inputs.tokenizer.save_pretrained(folder.path / "tokenizer")
     say(_headline(config, world, engine, trainer.at.update))
+    if not inputs.held_out:
+        say(f"WARNING: nothing is held out in {' '.join(config.data.path)}: no evaluation")
     try:
         reason = trainer.loop()
     finally:
@@ -151,7 +153,7 @@ class _Inputs:
     model: GPTBLMHeadModel
     tokenizer: PreTrainedTokenizerBase
     collator: LaneCollator
-    held_out: Any
+    held_out: Corpus | None
     policy: dict[str, Any]
     plan: Plan
 
@@ -159,6 +161,8 @@ class _Inputs:
 def _read_inputs(config: Config, world: World) -> _Inputs:
     """Everything that this rank can read and build on its own. Raises ValueError."""
     _check_lanes(config, world)
+    if "wandb" in config.run.monitor and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("run.monitor wandb: the package wandb is not installed; pip install wandb, or leave it out")
     policy = read_policy(config.deepspeed_config)
     corpus = open_corpus(config.data.path, config.data.weights, "train")
     torch.manual_seed(derive_seed(config.train.seed, "initialisation"))
@@ -179,21 +183,32 @@ def _read_inputs(config: Config, world: World) -> _Inputs:
     )
     identity = {
         "data": collator.fingerprint,
-        "tokenizer": corpus.tokenizer,
+        "tokenizer": corpus.tokenizer_fingerprint,
         "vocab_size": corpus.vocab_size,
         "eot_id": corpus.eot_id,
         "data.lanes": config.data.lanes,
         "data.window": config.data.window,
         "data.seed": config.data.seed,
         "train.seed": config.train.seed,
-        "n_positions": model.config.n_positions,
-    } | {f"model.{key}": getattr(config.model, key) for key in ("num_slots", "n_layer", "n_head", "n_embd", "rebias")}
+    } | {key: getattr(model.config, key) for key in INHERITED}
+    identity |= {
+        f"model.{key}": getattr(config.model, key) for key in ("num_slots", "n_layer", "n_head", "n_embd", "rebias")
+    }
     setting = {f"optim.{key}": value for key, value in config.optim.model_dump().items()}
     setting |= {f"train.{key}": value for key, value in config.train.model_dump().items() if key != "seed"}
     setting |= {"model.dropout": config.model.dropout, "world_size": world.size, "zero_stage": zero_stage(policy)}
-    plan = Plan(config.data.lanes, config.data.window, corpus.bytes_per_target, identity, setting)
-    held_out = open_corpus(config.data.path, config.data.weights, "validation")
-    return _Inputs(model.train(), load_tokenizer(config.data.path[0]), collator, held_out, policy, plan)
+    target_bytes = bytes_per_target(corpus.stores, config.data.max_document_tokens, corpus.weights)
+    plan = Plan(config.data.lanes, config.data.window, target_bytes, identity, setting)
+    with_held_out = [store.path for store in corpus.stores if store.manifest["splits"]["validation"]["documents"]]
+    held_out = open_corpus(with_held_out, None, "validation") if with_held_out else None
+    return _Inputs(
+        model.train(),
+        load_tokenizer(config.data.path[0]),
+        collator,
+        held_out,
+        policy,
+        plan,
+    )
 
 
 def _check_lanes(config: Config, world: World) -> None:
@@ -234,7 +249,7 @@ def _empty_state(config: Config, lanes: int, engine: Engine) -> torch.Tensor:
     return torch.zeros((lanes, model.num_slots - 1, model.n_embd), dtype=engine.dtype, device=engine.world.device)
 
 
-def _evaluate(config: Config, world: World, engine: Engine, held_out: Any) -> dict[str, float]:
+def _evaluate(config: Config, world: World, engine: Engine, held_out: Corpus) -> dict[str, float]:
     lanes = config.data.lanes // config.train.lane_groups
     windows = held_out_windows(
         held_out,
@@ -251,7 +266,7 @@ def _evaluate(config: Config, world: World, engine: Engine, held_out: Any) -> di
         state = _empty_state(config, lanes // world.size, engine)
         loss, _ = held_out_loss(engine.objective, windows, state, world)
     engine.objective.train()
-    return metrics_of(loss, held_out.bytes_per_target)
+    return metrics_of(loss, bytes_per_target(held_out.stores, config.data.max_document_tokens))
 
 
 def _sample(config: Config, engine: Engine, tokenizer: PreTrainedTokenizerBase, eot_id: int) -> str:

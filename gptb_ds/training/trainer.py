@@ -70,10 +70,13 @@ class Trainer:
         stop: StopRequests,
         log: MetricsLog | None,
         watchdog: Watchdog,
-        evaluate: Callable[[], dict[str, float]],
+        evaluate: Callable[[], dict[str, float]] | None,
         sample: Callable[[], str],
     ) -> None:
-        """`log` is rank 0's alone. `evaluate` and `sample` are called on all ranks and leave training undisturbed."""
+        """`log` is rank 0's alone. `evaluate` (None: nothing is held out) and `sample` are called on all ranks.
+
+        Both leave training undisturbed.
+        """
         self.plan, self.world, self.engine, self.windows = plan, world, engine, windows
         self.optim, self.train, self.run, self.stop, self.log = optim, train, run, stop, log
         self.watchdog, self.evaluate, self.sample = watchdog, evaluate, sample
@@ -92,6 +95,8 @@ class Trainer:
         """
         self.progress = Progress(self.train.updates, self.at.update, self.run.log_every) if self.log else None
         reason = None
+        if self.at.update == 0 and self.run.eval_every:
+            self._evaluate()
         while self.at.update < self.train.updates and reason is None:
             started, waited = time.perf_counter(), self.windows.wait_seconds
             window = self.windows.next_window()
@@ -164,6 +169,8 @@ class Trainer:
         return loss / math.log(2) / self.plan.bytes_per_target
 
     def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
         line = {"update": self.at.update} | self.evaluate()
         self.watchdog.renew(f"evaluation after update {self.at.update}")
         if self.log:

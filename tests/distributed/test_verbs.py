@@ -36,7 +36,7 @@ def test_metrics_have_what_is_promised(run: Path):
         assert {"update", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "wait_fraction"} <= line.keys()
         assert line["tokens"] == line["update"] * 8 * 6
     evaluations = [line for line in lines if "eval_loss" in line]
-    assert [line["update"] for line in evaluations] == [5, 10, 12]
+    assert [line["update"] for line in evaluations] == [0, 5, 10, 12]
     assert updates[-1]["loss"] < updates[0]["loss"] - 1, "it learns"
     assert abs(updates[0]["loss"] - math.log(259)) < 0.5
 
@@ -86,14 +86,17 @@ def test_compiled_steps_train_to_the_same_losses(run: Path, store: Path, tmp_pat
 
 
 def test_a_warm_start_takes_gpt2s_weights(store: Path, tmp_path: Path):
-    config = GPT2Config(vocab_size=259, n_positions=32, n_layer=1, n_head=2, n_embd=16)
+    own = {"activation_function": "relu", "tie_word_embeddings": False}
+    config = GPT2Config(vocab_size=259, n_positions=32, n_layer=1, n_head=2, n_embd=16, **own)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     run = tmp_path / "run"
     train(run, store, ranks=2, stage=3, model__init_from=str(tmp_path / "gpt2"), optim__lr=1e-12, train__updates=3)
     weight = CheckpointReader(checkpoint_folder(run, 3)).fetch("weight", "transformer.wpe.weight")
     gpt2 = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
     torch.testing.assert_close(weight, gpt2.transformer.wpe.weight.detach())
-    assert load_any(str(run))[0].config.n_positions == 32
+    loaded = load_any(str(run))[0]
+    assert loaded.config.n_positions == 32 and loaded.config.activation_function == "relu"
+    torch.testing.assert_close(loaded.lm_head.weight, gpt2.lm_head.weight)
     job = train(tmp_path / "wrong", store, expect=2, model__init_from=str(tmp_path / "gpt2"), model__n_embd=32)
     assert "another shape" in job.text(0)
 
@@ -135,3 +138,21 @@ def test_counted_targets_alone_make_the_loss(tmp_path: Path):
 def test_a_memoryless_model_is_warned_of(store: Path, tmp_path: Path):
     job = train(tmp_path / "run", store, model__rebias="false", train__updates=4)
     assert "memoryless" in job.text(0)
+
+
+def test_a_single_document_trains_without_evaluation(tmp_path: Path):
+    (tmp_path / "book.txt").write_text("the only document there is " * 40)
+    assert main(["prepare", "--source", str(tmp_path / "book.txt"), "--out", str(tmp_path / "store")]) == 0
+    job = train(tmp_path / "run", tmp_path / "store", ranks=2, run__sample_every=6)
+    assert "nothing is held out" in job.text(0) and "sample after 12" in job.text(0)
+    assert all('"loss"' in line for line in metrics(tmp_path / "run"))
+
+
+def test_a_store_of_another_tokenizer_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "a.txt").write_text("text of another store " * 9)
+    source = ["--source", str(tmp_path / "a.txt"), "--holdout", "0"]
+    assert main(["prepare", *source, "--tokenizer", "bpe:257", "--out", str(tmp_path / "bpe")]) == 0
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "bpe"), "--split", "train"]) == 2
+    assert "its tokens are of bpe (257 tokens)" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "bpe"), "--max-tokens", "0", "--lanes", "0"]) == 2
+    assert capsys.readouterr().err.count("must be at least 1") == 2

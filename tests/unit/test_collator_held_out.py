@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,3 +95,12 @@ def test_ranks_that_do_not_divide_the_lanes(tmp_path: Path) -> None:
     corpus = make_store(tmp_path, [[5, 6]])
     with pytest.raises(ValueError, match="cannot be shared by 3 ranks"):
         next(held_out_windows(corpus, lanes=4, window=4, world_size=3))
+
+
+def test_a_part_is_drawn_from_all_over_the_corpus(tmp_path: Path) -> None:
+    stores = [make_store(tmp_path, [[number] * 9] * 50) for number in (11, 12)]
+    windows = list(held_out_windows(Mixture(stores, None), lanes=4, window=5, max_tokens=200))
+    read = np.concatenate([w.input_ids.flatten() for w in windows])
+    assert (read == 11).sum() > 40 and (read == 12).sum() > 40
+    again = list(held_out_windows(Mixture(stores, None), lanes=4, window=5, max_tokens=200))
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(windows, again, strict=True))

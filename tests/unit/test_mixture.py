@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from gptb_ds.data.collator import LaneCollator
 from gptb_ds.data.documents import DocumentStore
-from gptb_ds.data.mixture import Mixture, open_corpus
+from gptb_ds.data.mixture import Mixture, bytes_per_target, open_corpus
 from tests.data_stores import numbered_documents, write_store
 
 
@@ -19,7 +20,7 @@ def test_one_path_is_a_store_and_several_are_a_mixture(tmp_path: Path) -> None:
     mixture = open_corpus([str(one), two], [3.0, 1.0])
     assert isinstance(mixture, Mixture)
     assert (mixture.num_documents, mixture.num_tokens, mixture.num_bytes) == (3, 16, 16)
-    assert mixture.bytes_per_target == 16 / 19
+    assert bytes_per_target(mixture.stores) == 16 / 19
     assert (mixture.vocab_size, mixture.eot_id, mixture.tokenizer, mixture.split) == (300, 1, "numbers", "train")
     assert mixture.weights == (0.75, 0.25)
     prints = {open_corpus([one, two], w).fingerprint for w in (None, [1, 1], [1, 2])}
@@ -63,3 +64,21 @@ def test_unequal_tokenizers_and_no_path(tmp_path: Path) -> None:
         open_corpus(paths)
     with pytest.raises(ValueError, match=r"data.path is empty"):
         open_corpus([])
+
+
+def test_bytes_per_target_counts_pieces_and_shares(tmp_path: Path) -> None:
+    """The tests' stores have a byte a token: n tokens have n+1 targets, and one more for each further piece."""
+    one = open_corpus([write_store(tmp_path, numbered_documents([6, 1]))])
+    two = open_corpus([write_store(tmp_path, numbered_documents([3]))])
+    assert bytes_per_target(one.stores) == 7 / 9
+    assert bytes_per_target(one.stores, 2) == 7 / 11
+    assert bytes_per_target([*one.stores, *two.stores], 2) == 10 / 16
+    shares = bytes_per_target([*one.stores, *two.stores], None, (0.25, 0.75))
+    assert shares == pytest.approx(0.25 * 7 / 9 + 0.75 * 3 / 4)
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, 0.0, -1.0])
+def test_weights_are_positive_numbers(tmp_path: Path, weight: float) -> None:
+    path = write_store(tmp_path, numbered_documents([3]))
+    with pytest.raises(ValueError, match="give one number above 0 for each"):
+        open_corpus([path, path], [weight, 1.0])

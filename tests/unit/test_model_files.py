@@ -21,6 +21,7 @@ from transformers import (
 
 from gptb_ds import GPTBConfig, GPTBLMHeadModel, GPTBModel
 from gptb_ds.model import warm_start
+from gptb_ds.model.modeling import INHERITED
 
 SHAPE = {"vocab_size": 31, "n_positions": 12, "n_embd": 16, "n_layer": 2, "n_head": 2}
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 30]])
@@ -156,3 +157,18 @@ def test_importing_the_package_registers_the_model_and_leaves_deepspeed_alone(tm
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout.split() == ["GPTBLMHeadModel", "False"]
+
+
+def test_a_warm_start_takes_over_what_no_key_names(tmp_path: Path) -> None:
+    shape = SHAPE | {"activation_function": "relu", "layer_norm_epsilon": 1e-6, "n_inner": 24}
+    source = GPT2Config(scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False, **shape)
+    gpt2 = GPT2LMHeadModel(source)
+    gpt2.save_pretrained(tmp_path)
+    model = warm_start(GPTBConfig(num_slots=6, **SHAPE), str(tmp_path))
+    for name in INHERITED:
+        assert getattr(model.config, name) == getattr(source, name), name
+    assert torch.equal(model.lm_head.weight, gpt2.lm_head.weight)
+    assert not torch.equal(model.lm_head.weight, model.transformer.wte.weight)
+    GPT2LMHeadModel(GPT2Config(add_cross_attention=True, **SHAPE)).save_pretrained(tmp_path / "crossed")
+    with pytest.raises(ValueError, match="has cross-attention"):
+        warm_start(GPTBConfig(num_slots=6, **SHAPE), str(tmp_path / "crossed"))
