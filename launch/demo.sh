@@ -13,7 +13,7 @@ gptb-ds prepare --source stdlib --tokenizer bytes --out "$store"
 
 # Without GPUs: two ranks on the CPU.
 python -c 'import sys, torch; sys.exit(torch.cuda.device_count() == 0)' || export N=${N:-2}
-bash launch/one_node.sh --config demo --data.path "$store" --run.dir "$run" --deepspeed_config ds_configs/zero1.json "$@"
+bash launch/one_node.sh --config demo --deepspeed_config ds_configs/zero1.json "$@" --data.path "$store" --run.dir "$run"
 
 echo
 # All of the held-out text, in pieces that each start without a memory: a cautious figure.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,10 @@ def test_the_first_line_says_what_the_file_owns(module: Path):
     text = (PACKAGE / module).with_suffix(".py").read_text()
     if text.strip():
         assert ast.get_docstring(ast.parse(text)), f"{module} has no docstring"
+
+
+def test_a_command_that_needs_no_model_loads_none():
+    program = "import sys; sys.argv = ['gptb-ds', '--help']; from gptb_ds.cli import main; code = 1\n"
+    program += "try: main()\nexcept SystemExit as done: code = done.code\n"
+    program += "sys.exit(code or ('torch' in sys.modules and 3))"
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == 0

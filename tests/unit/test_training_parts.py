@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -179,3 +181,16 @@ def test_plot_draws_runs_side_by_side(tmp_path: Path):
     assert out.read_bytes().startswith(b"\x89PNG")
     assert main(["plot", str(tmp_path), "--out", str(out)]) == 2
     assert main(["plot", str(tmp_path / "a"), "--out", str(tmp_path / "x.nonsense")]) == 2
+
+
+def test_progress_fits_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    progress = Progress(20_000, 9_000, log_every=5)
+    line = {"update": 9_001, "loss": 12.3456, "grad_norm": 10.125, "lr": 1e-3, "tokens_per_second": 12345.6}
+    progress.update(line, 12.25)
+    progress.close()
+    assert "bpb 12.250 grad 10.125 lr 1.00e-03 12,346 tok/s" in terminal.getvalue()
