@@ -27,10 +27,12 @@ def held_out_loss(
     windows: Iterable[Window],
     state_BSE: torch.Tensor,
     world: World,
-) -> tuple[float, float]:
+    goes_on: Callable[[], bool] = lambda: True,
+) -> tuple[float, float] | None:
     """Mean nats per counted target over all ranks, and how many targets were counted.
 
     The state is carried from window to window; `objective` must be in eval mode (no random stream is then touched).
+    `goes_on` is asked after each window, on all ranks with the same answer: at the first no the result is None.
     """
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for window in windows:
@@ -39,6 +41,8 @@ def held_out_loss(
         loss, state_BSE = objective(*moved, state_BSE, weights)
         total[0] += loss.double()
         total[1] += window.input_ids.numel() if weights is None else weights.double().sum()
+        if not goes_on():
+            return None
     loss_sum, count = world.sum(total).tolist()
     return loss_sum / max(count, 1.0), count
 
@@ -82,7 +86,9 @@ def run_evaluate(args: argparse.Namespace, load: Callable[[str], tuple[Any, Any]
         max_tokens=args.max_tokens,
         max_document_tokens=args.max_document_tokens,
     )
-    loss, count = held_out_loss(objective, windows, state_BSE, world)
+    measured = held_out_loss(objective, windows, state_BSE, world)
+    assert measured is not None
+    loss, count = measured
     if count == 0:
         raise ValueError(f"--data {' '.join(args.data)}: split '{args.split}' has no counted target")
     result = metrics_of(loss, bytes_per_target(corpus.stores, args.max_document_tokens)) | {"targets": int(count)}

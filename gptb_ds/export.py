@@ -24,12 +24,12 @@ def load_any(path: str) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
     """
     folder = Path(path)
     if (folder / "config.json").is_file():
-        model = GPTBLMHeadModel.from_pretrained(folder)
+        model = GPTBLMHeadModel.from_pretrained(folder, use_safetensors=True)
         return model.eval(), AutoTokenizer.from_pretrained(folder)
     if checkpoint_folders(folder):
         good, passed_over = newest_good(folder, World())
         if good is None:
-            raise ValueError("\n".join([f"{folder}: no checkpoint verifies", *passed_over]))
+            raise ValueError("\n".join([f"{folder}: no checkpoint verifies", *passed_over.values()]))
         return _load_checkpoint(good)
     if (folder / "manifest.json").is_file():
         verify(folder)
@@ -72,8 +72,12 @@ def _load_checkpoint(folder: Path) -> tuple[GPTBLMHeadModel, PreTrainedTokenizer
         raise ValueError(f"{run / 'config.yaml'}: the run's configuration cannot be read: {error}") from None
     reader = CheckpointReader(folder)
     identity = reader.manifest.identity
-    inherited = {key: identity[key] for key in INHERITED}
-    model = GPTBLMHeadModel(model_configuration(config, identity["vocab_size"], identity["eot_id"], inherited))
+    try:
+        inherited = {key: identity[key] for key in INHERITED}
+        shape = model_configuration(config, identity["vocab_size"], identity["eot_id"], inherited)
+    except KeyError as error:
+        raise ValueError(f"{folder}: the manifest's identity lacks {error}") from None
+    model = GPTBLMHeadModel(shape)
     parameters = dict(model.named_parameters())
     reader.check_model({name: tuple(p.shape) for name, p in parameters.items()})
     with torch.no_grad():

@@ -13,7 +13,7 @@ from pathlib import Path
 def new_file(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write to; afterwards its content is on the disk under `path`, all of it or nothing.
 
-    Raises OSError (disk full, say) after removing the temporary file.
+    Raises OSError (disk full, say), which names `path`, after removing the temporary file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -22,6 +22,8 @@ def new_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

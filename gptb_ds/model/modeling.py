@@ -168,7 +168,7 @@ def warm_start(config: GPT2Config, path: str) -> GPTBLMHeadModel:
     wrong = [f"{key} {ours} (there: {theirs})" for key, ours, theirs in pairs if ours != theirs]
     if wrong:
         raise ValueError(f"the model at {path} has another shape: {', '.join(wrong)}; set what it has")
-    return GPTBLMHeadModel.from_pretrained(path, config=config, dtype=torch.float32).train()
+    return GPTBLMHeadModel.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True).train()
 
 
 AutoConfig.register(GPTBConfig.model_type, GPTBConfig)

@@ -13,42 +13,66 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict  # typing's is not enough for pydantic before Python 3.12
 
 from gptb_ds.files import sha256_of
 from gptb_ds.training.world import World
 
 FORMAT = 1
 _FOLDER = re.compile(r"step-(\d{8,})")
-_FILE = re.compile(r"(model|optimizer|lanes|rng)-[\w.-]+\.safetensors")
+_FILE = re.compile(r"((model|optimizer)-[\w.-]+|(lanes|rng)-\d+-\d+)\.safetensors")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that can't be used: the message says which, and why."""
 
 
-@dataclass(frozen=True)
+class UnreadableError(CheckpointError):
+    """One that may be whole, but that this version or this user can't read: not damage to be passed over."""
+
+
+class FileFacts(TypedDict):
+    """Size and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class Progress(TypedDict):
+    """Where training stands beside its tensors; `evaluation_due`: a request to stop kept this update's evaluation."""
+
+    adam_steps: int
+    skipped: int
+    bad_in_row: int
+    evaluation_due: bool
+    scaler: dict[str, int | float]
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Manifest:
     """What a checkpoint holds. `identity` must equal the resuming run's; `setting` may differ and is logged."""
 
-    step: int
-    tokens: int
+    step: NonNegativeInt
+    tokens: NonNegativeInt
     loss: float | None
-    world_size: int
+    world_size: PositiveInt
     zero_stage: int
-    lanes: int
-    window: int
+    lanes: PositiveInt
+    window: PositiveInt
     identity: dict[str, Any]
     setting: dict[str, Any]
-    progress: dict[str, Any]
+    progress: Progress
     versions: dict[str, str]
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, FileFacts] = field(default_factory=dict)
     format: int = FORMAT
 
     def to_json(self) -> bytes:
@@ -76,38 +100,55 @@ def checkpoint_folders(run: Path) -> list[Path]:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint whose files have the right sizes; their content is not read.
 
-    Raises CheckpointError naming the folder and the reason.
+    Raises CheckpointError naming the folder and the reason; UnreadableError for another format, or no permission.
     """
     try:
         body = json.loads((folder / "manifest.json").read_bytes())
         checksum = body.pop("checksum")
-        if body.get("format") != FORMAT:
-            raise CheckpointError(f"{folder}: format {body.get('format')!r}, this version reads {FORMAT}")
         if checksum != _checksum(body):
             raise CheckpointError(f"{folder}: manifest.json was altered")
+        if body.get("format") != FORMAT:
+            raise UnreadableError(f"{folder}: format {body.get('format')!r}, this version reads {FORMAT}")
         manifest = Manifest(**body)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no manifest.json, the save was not completed") from None
+    except PermissionError as error:
+        raise UnreadableError(f"{folder}: manifest.json cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise CheckpointError(f"{folder}: manifest.json cannot be read: {wrong}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder}: manifest.json cannot be read: {error!r}") from None
+    if (named := _FOLDER.fullmatch(folder.name)) and int(named[1]) != manifest.step:
+        raise CheckpointError(f"{folder}: manifest.json is of update {manifest.step}")
     for name, entry in manifest.files.items():
         if not _FILE.fullmatch(name):
             raise CheckpointError(f"{folder}: the manifest names {name!r}, which is no file of a checkpoint")
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else None
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            size = None
         if size != entry["bytes"]:
             what = "is missing" if size is None else f"has {size} bytes"
             raise CheckpointError(f"{folder}: {name} {what}, the manifest says {entry['bytes']}")
     return manifest
 
 
-def check_content(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Raises CheckpointError naming the first of the files whose checksum differs from the manifest's."""
+def check_content(
+    folder: Path, manifest: Manifest, names: Iterable[str] | None = None, renew: Callable[[str], None] = lambda _: None
+) -> None:
+    """Raises CheckpointError naming the first of the files whose checksum differs from the manifest's.
+
+    `renew` is told of each file that was read (see `Watchdog.renew`).
+    """
     for name in manifest.files if names is None else names:
         try:
             found = sha256_of(folder / name)
+            renew(f"reading {name}")
+        except PermissionError as error:
+            raise UnreadableError(f"{folder}: {name} cannot be read: {error.strerror}") from None
         except OSError as error:
             raise CheckpointError(f"{folder}: {name} cannot be read: {error}") from None
         if found != manifest.files[name]["sha256"]:
@@ -121,28 +162,35 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def verify_together(folder: Path, world: World) -> Manifest:
+def verify_together(folder: Path, world: World, renew: Callable[[str], None] = lambda _: None) -> Manifest:
     """`verify`, with the reading shared among the ranks; all return, or all raise CheckpointError."""
     manifest = world.on_first(read_manifest, folder)
     problem = None
     try:
-        check_content(folder, manifest, list(manifest.files)[world.rank :: world.size])
+        check_content(folder, manifest, list(manifest.files)[world.rank :: world.size], renew)
     except CheckpointError as error:
-        problem = str(error)
+        problem = error
     for found in world.gather(problem):
         if found is not None:
-            raise CheckpointError(found)
+            raise found
     return manifest
 
 
-def newest_good(run: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of the run that verifies (None if none does), and why newer ones were passed over."""
-    passed_over = []
+def newest_good(
+    run: Path, world: World, renew: Callable[[str], None] = lambda _: None
+) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint of the run that verifies (None if none does), and why newer ones were passed over.
+
+    Raises UnreadableError for one that may be good but can't be read here: to go back behind it would be a mistake.
+    """
+    passed_over = {}
     for folder in world.on_first(checkpoint_folders, run):
         try:
-            verify_together(folder, world)
+            verify_together(folder, world, renew)
+        except UnreadableError:
+            raise
         except CheckpointError as error:
-            passed_over.append(str(error))
+            passed_over[folder] = str(error)
         else:
             return folder, passed_over
     return None, passed_over
@@ -158,7 +206,7 @@ def list_checkpoints(run: Path) -> Iterator[tuple[Path, Manifest | CheckpointErr
 
 
 class CheckpointReader:
-    """Tensors of one checkpoint, read when asked for; nothing is loaded whole."""
+    """Tensors of one checkpoint, read when asked for; nothing is loaded whole. `close` lets its files go."""
 
     def __init__(self, folder: Path) -> None:
         """Raises CheckpointError when a file's header can't be read."""
@@ -175,6 +223,9 @@ class CheckpointReader:
                 start, stop = name.removesuffix(".safetensors").split("-")[1:]
                 self._lane_files.append((int(start), int(stop), name))
         self._lane_files.sort()
+
+    def close(self) -> None:
+        self._open.clear()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter in the checkpoint."""
@@ -203,7 +254,8 @@ class CheckpointReader:
     def lanes(self, start: int, stop: int, state_shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """State, ordinal and offset of the global lanes [start, stop), whichever ranks wrote them.
 
-        Raises CheckpointError when a lane is missing or a tensor is not of shape (lanes, *state_shape) or (lanes,).
+        Raises CheckpointError when a lane is missing or a tensor is not of shape (lanes, *state_shape) or (lanes,), or
+        of another kind of number.
         """
         parts: dict[str, list[torch.Tensor]] = {"state": [], "ordinal": [], "offset": []}
         at = start
@@ -211,11 +263,13 @@ class CheckpointReader:
             low, high = max(first, at), min(last, stop)
             if first <= at and low < high:
                 for key, pieces in parts.items():
-                    piece = self._file(name).get_slice(key)
+                    piece = self._piece(name, key)
                     want = (last - first, *(state_shape if key == "state" else ()))
-                    if tuple(piece.get_shape()) != want:
+                    dtypes = ("F32", "BF16", "F16") if key == "state" else ("I64",)
+                    if tuple(piece.get_shape()) != want or piece.get_dtype() not in dtypes:
                         raise CheckpointError(
-                            f"{self.folder}: {name}: {key} has shape {tuple(piece.get_shape())}, the run needs {want}"
+                            f"{self.folder}: {name}: {key} is {piece.get_dtype()} {tuple(piece.get_shape())}, the run"
+                            f" needs {dtypes[0]} {want}"
                         )
                     pieces.append(piece[low - first : high - first])
                 at = high
@@ -224,13 +278,23 @@ class CheckpointReader:
         return {key: torch.cat(pieces) for key, pieces in parts.items()}
 
     def random_state(self, rank: int) -> dict[str, torch.Tensor]:
-        """The random state that `rank` had, by device type."""
+        """The random state that `rank` had, by device type. Raises CheckpointError when it is none."""
         for name in self.manifest.files:
             if name.startswith("rng-"):
                 start, stop = (int(part) for part in name.removesuffix(".safetensors").split("-")[1:])
                 if start <= rank < stop:
-                    return {key: self._file(name).get_slice(key)[rank - start] for key in self._file(name).keys()}
+                    pieces = {key: self._piece(name, key) for key in ("cpu", *self._file(name).keys())}
+                    for key, piece in pieces.items():
+                        shape = tuple(piece.get_shape())
+                        if piece.get_dtype() != "U8" or len(shape) != 2 or shape[0] != stop - start:
+                            raise CheckpointError(f"{self.folder}: {name}: {key} is {piece.get_dtype()} {shape}")
+                    return {key: piece[rank - start] for key, piece in pieces.items()}
         raise CheckpointError(f"{self.folder}: no random state of rank {rank}")
+
+    def _piece(self, name: str, key: str) -> Any:
+        if key not in self._file(name).keys():
+            raise CheckpointError(f"{self.folder}: {name} lacks the tensor {key!r}")
+        return self._file(name).get_slice(key)
 
     def _file(self, name: str) -> Any:
         if name not in self._open:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from gptb_ds.config import ConfigError, OptimConfig
+from gptb_ds.config import OptimConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.training.objective import WindowObjective
 from gptb_ds.training.policy import zero_stage
@@ -73,12 +73,7 @@ class Engine:
         policy: dict[str, Any],
         monitor: dict[str, Any] | None = None,
     ) -> None:
-        """`lanes` counts this rank's own; `monitor` is DeepSpeed's configuration of metric sinks.
-
-        Raises ConfigError when the device cannot do the precision.
-        """
-        if precision == "fp16" and world.device.type == "cpu":
-            raise ConfigError("train.precision fp16: DeepSpeed refuses it on the CPU; choose bf16 or fp32")
+        """`lanes` counts this rank's own; `monitor` is DeepSpeed's configuration of metric sinks."""
         assert lanes % lane_groups == 0
         self.world, self.lane_groups = world, lane_groups
         self.stage = zero_stage(policy)
@@ -123,7 +118,7 @@ class Engine:
         """One optimizer step over this rank's lane groups: [(window, state (B, S-1, E))], in order.
 
         `counted` is the (weighted) number of counted targets over all ranks. Returns the result and the new states. A
-        gradient that is not finite anywhere leaves weights and moments as they were, on all ranks.
+        loss or gradient that is not finite anywhere leaves weights and moments as they were, on all ranks.
         """
         assert len(groups) == self.lane_groups
         # DeepSpeed averages over ranks and divides by the number of groups: this makes a global mean of the sums.
@@ -134,7 +129,8 @@ class Engine:
         states = []
         for window, state in groups:
             loss, new_state = self._deepspeed(window.input_ids, window.targets, window.reset, state, window.weights)
-            self._deepspeed.backward(loss * scale)
+            # A loss that is not finite makes its gradients so: then every rank learns of it, and skips.
+            self._deepspeed.backward(loss * torch.where(loss.detach().isfinite(), scale, math.nan))
             total += loss.detach().double()
             states.append(new_state)
             if self._own_guard and len(states) == len(groups):

@@ -10,7 +10,10 @@ import torch.distributed as dist
 from gptb_ds.training.world import World
 
 # What torch's backends say when the other side of a connection is gone.
-_ECHOES = ("gloo", "nccl", "connection", "tcpstore", "socket", "timed out", "peer")
+_ECHOES = (
+    *("gloo", "nccl", "tcpstore", "connection closed by peer", "connection reset by peer", "connection refused"),
+    *("connection was likely closed", "broken pipe", "timed out waiting", "socket timeout"),
+)
 
 
 def report(error: BaseException, world: World) -> None:

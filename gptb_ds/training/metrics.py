@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +22,52 @@ _BAR = "{n_fmt}/{total_fmt} [{remaining}]{postfix}"  # a bar of blocks would lea
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, appended as it happens. Only rank 0 has one."""
+    """`metrics.jsonl`: one JSON object a line, appended as it happens. Only rank 0 has one.
+
+    Lines that the disk does not take are kept and written before the next ones: none is lost while the process lives.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._file: FileIO | None = None
+        self._unwritten = b""
 
     def cut_after(self, update: int) -> None:
         """Drops the lines of later updates: training goes on from there and will write them again."""
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            # A killed run may leave half a line at the end.
-            if line.endswith("\n") and json.loads(line)["update"] <= update:
-                kept.append(line)
-        self._file.close()
+        kept: list[str] = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+                # A killed run may leave half a line at the end.
+                if line.endswith("\n") and _parse(line, self.path, len(kept) + 1)["update"] <= update:
+                    kept.append(line)
+        self.close()
         replace_file(self.path, "".join(kept).encode())
-        self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
+        """Raises OSError, which names the file, when the disk does not take it."""
         # NaN is not JSON: a loss that is not finite is null.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(clean).encode() + b"\n"
+        self._flush()
 
     def sync(self) -> None:
-        """Puts every line on the disk: done before a checkpoint claims that they are there."""
-        os.fsync(self._file.fileno())
+        """Puts every line on the disk: done before a checkpoint claims that they are there. Raises as `write`."""
+        os.fsync(self._flush().fileno())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def _flush(self) -> FileIO:
+        try:
+            if self._file is None:
+                self._file = FileIO(self.path, "a")
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        return self._file
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -59,11 +77,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
-        try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a JSON line: {error}") from None
+        lines.append(_parse(line, path, number))
     return lines
+
+
+def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}:{number}: not a JSON line: {error}; remove the line") from None
 
 
 class Progress:
@@ -75,6 +97,12 @@ class Progress:
         if sys.stderr.isatty():
             self._bar = tqdm(total=updates, initial=done, dynamic_ncols=True, smoothing=0.05, bar_format=_BAR)
         self._write = write or (lambda text: print(text, flush=True))
+
+    def restart(self) -> None:
+        """Time counts from now: what came before was no update."""
+        self._started = time.monotonic()
+        if self._bar is not None:
+            self._bar.unpause()
 
     def update(self, line: dict[str, Any], bits_per_byte: float) -> None:
         parts = [f"loss {line['loss']:.4f}", f"bpb {bits_per_byte:.3f}", f"grad {line['grad_norm']:.3f}"]

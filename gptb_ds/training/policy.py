@@ -45,6 +45,12 @@ def read_policy(path: str | None) -> dict[str, Any]:
     return policy
 
 
+def offload_devices(policy: dict[str, Any]) -> dict[str, str]:
+    """Where a policy keeps the optimizer and the parameters, beside the ranks' devices."""
+    zero = policy.get("zero_optimization", {})
+    return {name: zero.get(name, {}).get("device", "none") for name in ("offload_optimizer", "offload_param")}
+
+
 def zero_stage(policy: dict[str, Any]) -> int:
     """The ZeRO stage of a policy."""
     return int(policy.get("zero_optimization", {}).get("stage", 0))

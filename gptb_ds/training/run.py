@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -36,12 +36,13 @@ from gptb_ds.training.engine import Engine
 from gptb_ds.training.faults import report
 from gptb_ds.training.metrics import MetricsLog
 from gptb_ds.training.objective import WindowObjective
-from gptb_ds.training.policy import read_policy, zero_stage
-from gptb_ds.training.preemption import STOPPED, StopRequests
+from gptb_ds.training.policy import offload_devices, read_policy, zero_stage
+from gptb_ds.training.preemption import STOPPED, StopRequests, slurm_continues
 from gptb_ds.training.run_folder import RunFolder
+from gptb_ds.training.saver import SaveError
 from gptb_ds.training.trainer import Plan, Trainer, TrainingError
 from gptb_ds.training.watchdog import Watchdog
-from gptb_ds.training.world import World, derive_seed, join, leave
+from gptb_ds.training.world import World, derive_seed, is_shared, join, leave
 
 DONE, FAULT, USAGE = 0, 1, 2
 Say = Callable[[str], None]
@@ -57,40 +58,62 @@ def train(config: Config, stop: StopRequests) -> int:
     # Longer than the watchdog takes: it names the ranks that are missing, a time-out in a collective can't.
     world = join(config.run.hang_seconds + max(config.run.hang_seconds, 60))
     try:
-        code = _train(config, world, stop, started)
+        watchdog = Watchdog(world, config.run.hang_seconds).start()
+        trainer, folder = _set_up(config, world, stop, started, watchdog)
+    except (ValueError, OSError) as error:
+        if world.size == 1 and isinstance(error, ValueError):
+            raise
+        _speak(error, world, alone=world.rank == 0 or not is_shared(error))
+        return _end(USAGE if isinstance(error, ValueError) else FAULT)
+    except BaseException as error:
+        report(error, world)
+        return _end(FAULT)
+    try:
+        code = _run(trainer, folder, world)
         if code == STOPPED:
             stop.ignore_more()
         leave(world)
+        watchdog.stop()
         return code
-    except (ValueError, TrainingError, OSError) as error:
-        if world.size == 1 and isinstance(error, ValueError):
-            raise
-        if world.rank == 0:
-            for line in str(error).splitlines():
-                print(f"gptb-ds train: {line}", file=sys.stderr)
-        code = USAGE if isinstance(error, ValueError) else FAULT
+    except (TrainingError, SaveError) as error:
+        _speak(error, world, alone=world.rank == 0)
     except BaseException as error:
         report(error, world)
-        code = FAULT
+    return _end(FAULT)
+
+
+def _speak(error: Exception, world: World, alone: bool) -> None:
+    me = "gptb-ds train:" if world.rank == 0 else f"[rank {world.rank} on {world.host}]"
+    for line in str(error).splitlines() if alone else ():
+        print(f"{me} {line}", file=sys.stderr)
+
+
+def _end(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _train(config: Config, world: World, stop: StopRequests, started: float) -> int:
+def _set_up(
+    config: Config, world: World, stop: StopRequests, started: float, watchdog: Watchdog
+) -> tuple[Trainer, RunFolder]:
+    """A trainer that stands where the run is to begin. Nothing of an earlier run is touched before all is checked.
+
+    Raises ValueError for what the user has to change, OSError for what the system refuses.
+    """
     say: Say = (lambda text: print(text, flush=True)) if world.rank == 0 else (lambda text: None)
     inputs = world.together(_read_inputs, config, world)
+    watchdog.renew("reading the inputs")
     folder = RunFolder(config.run.dir, world)
-    watchdog = Watchdog(world, config.run.hang_seconds).start()
     stop.watch(
         folder.path / "stop" if world.rank == 0 else None, config.run.max_seconds, started, config.run.stop_margin
     )
     plan = inputs.plan
-    checkpoint = _choose_checkpoint(config.run.resume, world, folder, say)
+    checkpoint, superseded = _choose_checkpoint(config.run.resume, world, folder.path, watchdog, say)
     reader = None
     if checkpoint is not None:
-        reader = CheckpointReader(checkpoint)
-        check_identity(reader.manifest, plan.identity, checkpoint)
+        reader = world.together(CheckpointReader, checkpoint)
+        world.together(check_identity, reader.manifest, plan.identity, checkpoint)
         changes = "; ".join(changed_settings(reader.manifest, plan.setting))
         say(
             f"resuming from {checkpoint} (update {reader.manifest.step})" + (f"; changed: {changes}" if changes else "")
@@ -105,14 +128,14 @@ def _train(config: Config, world: World, stop: StopRequests, started: float) -> 
         policy=inputs.policy,
         monitor=_monitor(config, folder.path),
     )
+    watchdog.renew("building the engine")
     if config.train.compile:
         inputs.model.compile_step()
-    windows = Prefetcher(inputs.collator)
     trainer = Trainer(
         plan,
         world,
         engine,
-        windows,
+        Prefetcher(inputs.collator),
         _empty_state(config, config.data.lanes // world.size, engine),
         optim=config.optim,
         train=config.train,
@@ -120,32 +143,49 @@ def _train(config: Config, world: World, stop: StopRequests, started: float) -> 
         stop=stop,
         log=MetricsLog(folder.path / "metrics.jsonl") if world.rank == 0 else None,
         watchdog=watchdog,
-        evaluate=(lambda: _evaluate(config, world, engine, inputs.held_out)) if inputs.held_out else None,
+        evaluate=_evaluation(config, world, engine, inputs.held_out) if inputs.held_out else None,
         sample=lambda: _sample(config, engine, inputs.tokenizer, inputs.collator.corpus.eot_id),
     )
     if reader is not None:
         trainer.resume(reader)
+        reader.close()
+    kept = folder.set_aside(superseded)
+    if kept:
+        say(f"what this run had saved beyond that is now in {kept}")
     if trainer.log:
-        trainer.log.cut_after(-1 if reader is None else trainer.at.update)
+        if checkpoint is not None:
+            _bring_metrics(checkpoint.parent.parent, folder.path)
+        trainer.log.cut_after(trainer.at.update if checkpoint is not None else -1)
         replace_file(folder.path / "config.yaml", save_config(config).encode())
         inputs.tokenizer.save_pretrained(folder.path / "tokenizer")
     say(_headline(config, world, engine, trainer.at.update))
     if not inputs.held_out:
         say(f"WARNING: nothing is held out in {' '.join(config.data.path)}: no evaluation")
+    watchdog.renew("set-up")
+    return trainer, folder
+
+
+def _bring_metrics(source: Path, run: Path) -> None:
+    """A checkpoint of another run brings that run's metrics with it."""
+    if source.resolve() != run.resolve() and (source / "metrics.jsonl").is_file():
+        replace_file(run / "metrics.jsonl", (source / "metrics.jsonl").read_bytes())
+
+
+def _run(trainer: Trainer, folder: RunFolder, world: World) -> int:
     try:
         reason = trainer.loop()
     finally:
-        watchdog.stop()
-        windows.close()
+        trainer.windows.close()
     if world.rank == 0:
         # Obeyed: left there, it would stop the run again each time it is continued.
         (folder.path / "stop").unlink(missing_ok=True)
+        if reason is None:
+            print(f"done: {trainer.at.update} updates, run in {folder.path}", flush=True)
+        else:
+            again = "the same command" if trainer.run.resume == "auto" else "--run.resume auto"
+            print(f"stopped after update {trainer.at.update}: {reason}; {again} continues", flush=True)
     folder.release()
-    if reason is None:
-        say(f"done: {config.train.updates} updates, run in {folder.path}")
-        return DONE
-    say(f"stopped after update {trainer.at.update}: {reason}; the same command continues")
-    return STOPPED
+    return DONE if reason is None else STOPPED
 
 
 @dataclass(frozen=True)
@@ -161,6 +201,8 @@ class _Inputs:
 def _read_inputs(config: Config, world: World) -> _Inputs:
     """Everything that this rank can read and build on its own. Raises ValueError."""
     _check_lanes(config, world)
+    if config.train.precision == "fp16" and world.device.type == "cpu":
+        raise ConfigError("train.precision fp16: DeepSpeed refuses it on the CPU; choose bf16 or fp32")
     if "wandb" in config.run.monitor and importlib.util.find_spec("wandb") is None:
         raise ConfigError("run.monitor wandb: the package wandb is not installed; pip install wandb, or leave it out")
     policy = read_policy(config.deepspeed_config)
@@ -181,7 +223,7 @@ def _read_inputs(config: Config, world: World) -> _Inputs:
         world_size=world.size,
         max_document_tokens=config.data.max_document_tokens,
     )
-    identity = {
+    identity: dict[str, Any] = {
         "data": collator.fingerprint,
         "tokenizer": corpus.tokenizer_fingerprint,
         "vocab_size": corpus.vocab_size,
@@ -189,6 +231,8 @@ def _read_inputs(config: Config, world: World) -> _Inputs:
         "data.lanes": config.data.lanes,
         "data.window": config.data.window,
         "data.seed": config.data.seed,
+        "data.max_document_tokens": config.data.max_document_tokens,
+        "data.weights": config.data.weights,
         "train.seed": config.train.seed,
     } | {key: getattr(model.config, key) for key in INHERITED}
     identity |= {
@@ -197,6 +241,7 @@ def _read_inputs(config: Config, world: World) -> _Inputs:
     setting = {f"optim.{key}": value for key, value in config.optim.model_dump().items()}
     setting |= {f"train.{key}": value for key, value in config.train.model_dump().items() if key != "seed"}
     setting |= {"model.dropout": config.model.dropout, "world_size": world.size, "zero_stage": zero_stage(policy)}
+    setting |= offload_devices(policy)
     target_bytes = bytes_per_target(corpus.stores, config.data.max_document_tokens, corpus.weights)
     plan = Plan(config.data.lanes, config.data.window, target_bytes, identity, setting)
     with_held_out = [store.path for store in corpus.stores if store.manifest["splits"]["validation"]["documents"]]
@@ -222,25 +267,33 @@ def _check_lanes(config: Config, world: World) -> None:
         )
 
 
-def _choose_checkpoint(resume: str, world: World, folder: RunFolder, say: Say) -> Path | None:
-    """The checkpoint to continue from. What the choice leaves behind is set aside, not deleted."""
-    run = folder.path
-    if resume == "auto":
-        found, passed_over = newest_good(run, world)
-        for line in passed_over:
-            say(f"passed over {line}")
-        return found
+def _choose_checkpoint(
+    resume: str, world: World, run: Path, watchdog: Watchdog, say: Say
+) -> tuple[Path | None, list[Path]]:
+    """The checkpoint to continue from, and what of the run the choice leaves behind: to be set aside, not deleted.
+
+    Raises ValueError when `resume` names no good checkpoint.
+    """
+    folders = world.on_first(checkpoint_folders, run)
+    everything = [run / "checkpoints", run / "metrics.jsonl", run / "config.yaml"]
+    if resume != "auto" and slurm_continues(os.environ):
+        say(f"this job has run before: --run.resume {resume} was for its first start, now it is auto")
+        resume = "auto"
     if resume == "never":
-        found, newer = None, [run / "checkpoints", run / "metrics.jsonl", run / "config.yaml"]
-    else:
-        found = Path(resume)
-        step = verify_together(found, world).step
-        own = world.from_first(found.resolve().parent.parent == run.resolve())
-        newer = [p for p in world.on_first(checkpoint_folders, run) if not own or int(p.name.split("-")[1]) > step]
-    kept = folder.set_aside(newer)
-    if kept:
-        say(f"what this run had saved beyond that is now in {kept}")
-    return found
+        return None, everything
+    if resume == "auto":
+        found, passed_over = newest_good(run, world, watchdog.renew)
+        for line in passed_over.values():
+            say(f"passed over {line}")
+        # A save that was interrupted leaves nothing of worth; what once was a checkpoint is kept, out of the way.
+        damaged = [folder for folder in passed_over if (folder / "manifest.json").exists()]
+        return found, damaged if found or not damaged else everything
+    found = Path(resume)
+    if not world.on_first(found.is_dir):
+        raise ConfigError(f"run.resume {resume}: no such folder; give auto, never or a checkpoint's folder")
+    step = verify_together(found, world, watchdog.renew).step
+    own = world.from_first(found.resolve().parent.parent == run.resolve())
+    return found, [p for p in folders if not own or int(p.name.split("-")[1]) > step]
 
 
 def _empty_state(config: Config, lanes: int, engine: Engine) -> torch.Tensor:
@@ -249,24 +302,30 @@ def _empty_state(config: Config, lanes: int, engine: Engine) -> torch.Tensor:
     return torch.zeros((lanes, model.num_slots - 1, model.n_embd), dtype=engine.dtype, device=engine.world.device)
 
 
-def _evaluate(config: Config, world: World, engine: Engine, held_out: Corpus) -> dict[str, float]:
-    lanes = config.data.lanes // config.train.lane_groups
-    windows = held_out_windows(
-        held_out,
-        lanes=lanes,
-        window=config.data.window,
-        rank=world.rank,
-        world_size=world.size,
-        max_tokens=config.run.eval_tokens,
-        max_document_tokens=config.data.max_document_tokens,
-    )
-    engine.objective.eval()
-    # A compiled step would be compiled once more for evaluation; it isn't worth it.
-    with torch.compiler.set_stance("force_eager"):
-        state = _empty_state(config, lanes // world.size, engine)
-        loss, _ = held_out_loss(engine.objective, windows, state, world)
-    engine.objective.train()
-    return metrics_of(loss, bytes_per_target(held_out.stores, config.data.max_document_tokens))
+def _evaluation(config: Config, world: World, engine: Engine, held_out: Corpus) -> Callable[..., Any]:
+    """The trainer's `evaluate`."""
+    target_bytes = bytes_per_target(held_out.stores, config.data.max_document_tokens)
+
+    def evaluate(goes_on: Callable[[], bool]) -> dict[str, float] | None:
+        lanes = config.data.lanes // config.train.lane_groups
+        windows = held_out_windows(
+            held_out,
+            lanes=lanes,
+            window=config.data.window,
+            rank=world.rank,
+            world_size=world.size,
+            max_tokens=config.run.eval_tokens,
+            max_document_tokens=config.data.max_document_tokens,
+        )
+        engine.objective.eval()
+        # A compiled step would be compiled once more for evaluation; it isn't worth it.
+        with torch.compiler.set_stance("force_eager"):
+            state = _empty_state(config, lanes // world.size, engine)
+            measured = held_out_loss(engine.objective, windows, state, world, goes_on)
+        engine.objective.train()
+        return None if measured is None else metrics_of(measured[0], target_bytes)
+
+    return evaluate
 
 
 def _sample(config: Config, engine: Engine, tokenizer: PreTrainedTokenizerBase, eot_id: int) -> str:

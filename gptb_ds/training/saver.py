@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from gptb_ds.files import new_file, replace_file, sha256_of, sync_folder
-from gptb_ds.training.checkpoint import CheckpointError, Manifest, checkpoint_folder, checkpoint_folders, read_manifest
+from gptb_ds.training.checkpoint import (
+    CheckpointError,
+    FileFacts,
+    Manifest,
+    checkpoint_folder,
+    checkpoint_folders,
+    read_manifest,
+)
 from gptb_ds.training.world import World
 
 # So many ranks write files; the others hand their lanes to one of them. A thousand ranks are not a thousand files.
@@ -34,6 +44,10 @@ def assign_parameters(shapes: dict[str, tuple[int, ...]], writers: list[int]) ->
     return owner
 
 
+class SaveError(OSError):
+    """What must reach the disk can't be written. Every rank raises it; the message says what, and why."""
+
+
 class Saver:
     """Writes one checkpoint at a time. Every rank calls each method at the same update's edge."""
 
@@ -43,7 +57,7 @@ class Saver:
         self._block = next(block for block in self._blocks if world.rank in block)
         self._thread: threading.Thread | None = None
         self._manifest: Manifest | None = None
-        self._entries: dict[str, dict[str, int | str]] = {}
+        self._entries: dict[str, FileFacts] = {}
         self._error: OSError | None = None
 
     @property
@@ -79,11 +93,11 @@ class Saver:
         """Takes the CPU tensors, which must not change afterwards, and writes them in the background.
 
         `parameters` is Engine.export of this rank's share; `lanes` and `random_state` are this rank's.
-        Raises OSError on all ranks when the folder can't be made.
+        Raises SaveError on all ranks when the folder can't be made.
         """
         assert not self.busy, "finish the checkpoint before"
         folder = checkpoint_folder(self._run, manifest.step)
-        self._world.on_first(_clear, folder)
+        self._on_first(_clear, folder)
         leader, ranks = self._block[0], f"{self._block[0]:06d}-{self._block[-1] + 1:06d}"
         lanes = {k: v.flatten(0, 1) for k, v in self._world.to_leader(lanes, leader, self._block).items()}
         random_state = self._world.to_leader(random_state, leader, self._block)
@@ -107,7 +121,7 @@ class Saver:
     def finish(self) -> Path:
         """Waits for the files, then writes the manifest and deletes old checkpoints. Returns the folder.
 
-        Raises OSError on all ranks when a file could not be written; what was there before is untouched.
+        Raises SaveError on all ranks when a file could not be written; what was there before is untouched.
         """
         assert self._manifest is not None and self._thread is not None
         self._thread.join()
@@ -117,10 +131,16 @@ class Saver:
         problems = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(results) if problem]
         if problems:
             self._world.on_first(lambda: shutil.rmtree(folder, ignore_errors=True))
-            raise OSError(f"checkpoint {folder} could not be written: {'; '.join(problems)}")
+            raise SaveError(f"checkpoint {folder} could not be written: {'; '.join(problems)}")
         files = {name: entry for _, entries in results for name, entry in entries.items()}
-        self._world.on_first(self._complete, folder, replace(manifest, files=files))
+        self._on_first(self._complete, folder, replace(manifest, files=files))
         return folder
+
+    def _on_first(self, function: Callable[..., None], folder: Path, *args: Any) -> None:
+        try:
+            self._world.on_first(function, folder, *args)
+        except OSError as error:
+            raise SaveError(f"checkpoint {folder} could not be written: {error}") from None
 
     def _write(self, folder: Path, files: dict[str, dict[str, torch.Tensor]]) -> None:
         try:
@@ -136,7 +156,8 @@ class Saver:
     def _complete(self, folder: Path, manifest: Manifest) -> None:
         replace_file(folder / "manifest.json", manifest.to_json())
         sync_folder(folder.parent)
-        prune(self._run, self._keep)
+        with suppress(OSError):  # the checkpoint is there; what can't be deleted now goes after the next one
+            prune(self._run, self._keep)
 
 
 def prune(run: Path, keep: int) -> None:

@@ -17,11 +17,11 @@ import torch
 
 from gptb_ds.config import OptimConfig, RunConfig, TrainConfig
 from gptb_ds.data.collator import Prefetcher, Window
-from gptb_ds.training.checkpoint import CheckpointReader, Manifest
+from gptb_ds.training.checkpoint import CheckpointError, CheckpointReader, Manifest
 from gptb_ds.training.engine import Engine, UpdateResult
 from gptb_ds.training.metrics import MetricsLog, Progress
 from gptb_ds.training.preemption import StopRequests
-from gptb_ds.training.saver import Saver, assign_parameters
+from gptb_ds.training.saver import SaveError, Saver, assign_parameters
 from gptb_ds.training.schedule import learning_rate
 from gptb_ds.training.watchdog import Watchdog
 from gptb_ds.training.world import World, derive_seed
@@ -50,6 +50,7 @@ class Progressed:
     adam_steps: int = 0
     skipped: int = 0
     bad_in_row: int = 0
+    evaluation_due: bool = False
     loss: float = math.nan
 
 
@@ -70,12 +71,13 @@ class Trainer:
         stop: StopRequests,
         log: MetricsLog | None,
         watchdog: Watchdog,
-        evaluate: Callable[[], dict[str, float]] | None,
+        evaluate: Callable[[Callable[[], bool]], dict[str, float] | None] | None,
         sample: Callable[[], str],
     ) -> None:
-        """`log` is rank 0's alone. `evaluate` (None: nothing is held out) and `sample` are called on all ranks.
+        """`log` is rank 0's alone. `evaluate` and `sample` are called on all ranks and leave training undisturbed.
 
-        Both leave training undisturbed.
+        `evaluate` (None: nothing is held out) is given a question to ask while it works, the same on all ranks: whether
+        to go on. Told not to, it returns None.
         """
         self.plan, self.world, self.engine, self.windows = plan, world, engine, windows
         self.optim, self.train, self.run, self.stop, self.log = optim, train, run, stop, log
@@ -83,20 +85,23 @@ class Trainer:
         self.saver = Saver(Path(run.dir), world, run.keep)
         self.states = list(state_BSE.to(world.device, engine.dtype).chunk(train.lane_groups))
         self.at = Progressed()
-        self.saved = 0
+        self.saved: int | None = None
+        self._save_due = False
         torch.manual_seed(derive_seed(train.seed, "dropout", world.rank))
         self.progress: Progress | None = None
 
     def loop(self) -> str | None:
         """Trains until the last update, or until a request to stop: its reason is returned, a checkpoint written.
 
-        Raises TrainingError after too many updates in a row that were not finite, and OSError when a checkpoint
-        can't be written and `run.on_save_error` is "stop".
+        Raises TrainingError after too many updates in a row that were not finite, and when the last checkpoint can't be
+        written; SaveError when another one can't be, or the metrics, and `run.on_save_error` is "stop".
         """
         self.progress = Progress(self.train.updates, self.at.update, self.run.log_every) if self.log else None
         reason = None
-        if self.at.update == 0 and self.run.eval_every:
+        if self.at.evaluation_due or (self.at.update == 0 and self.run.eval_every):
             self._evaluate()
+            if self.progress:
+                self.progress.restart()
         while self.at.update < self.train.updates and reason is None:
             started, waited = time.perf_counter(), self.windows.wait_seconds
             window = self.windows.next_window()
@@ -106,13 +111,17 @@ class Trainer:
             self._report(result, lr, elapsed, self.windows.wait_seconds - waited)
             if self._due(self.run.eval_every, at_end=True):
                 self._evaluate()
-            if self._due(self.run.sample_every):
+            if self._due(self.run.sample_every) and not self.at.evaluation_due:
                 self._say(f"sample after {self.at.update} updates: {self.sample()!r}")
             reason = self._edge()
         self._finish_save()
-        if self.at.update > self.saved:
+        if self.at.update > (self.saved or 0):
             self._begin_save()
             self._finish_save()
+            if self.saved != self.at.update:
+                raise TrainingError(
+                    f"stopped after update {self.at.update} without a checkpoint of it: {self._last_good()}"
+                )
         if self.progress:
             self.progress.close()
         return reason if self.at.update < self.train.updates else None
@@ -153,15 +162,15 @@ class Trainer:
             line["skipped"] = True
             self._say(f"update {self.at.update} skipped: loss or gradient is not finite ({self.at.skipped} so far)")
         if self.log and self.progress:
-            self.log.write(line)
+            self._log(line)
             self.progress.update(line, self.bits_per_byte(result.loss))
             names = {"loss": "Train/loss", "grad_norm": "Train/grad_norm", "lr": "Train/lr"}
             self.engine.monitor.write_events([(names[k], line[k], self.at.update) for k in names])
         if self.at.bad_in_row >= self.train.max_bad_updates:
             self._finish_save()
             raise TrainingError(
-                f"{self.at.bad_in_row} updates in a row were not finite (train.max_bad_updates); the last good"
-                f" checkpoint is after update {self.saved}. Lower optim.lr or optim.clip and run the command again"
+                f"{self.at.bad_in_row} updates in a row were not finite (train.max_bad_updates); {self._last_good()}."
+                " Lower optim.lr or optim.clip and run the command again"
             )
 
     def bits_per_byte(self, loss: float) -> float:
@@ -171,19 +180,45 @@ class Trainer:
     def _evaluate(self) -> None:
         if self.evaluate is None:
             return
-        line = {"update": self.at.update} | self.evaluate()
+        measured = self.evaluate(self._goes_on)
+        self.at.evaluation_due = measured is None
         self.watchdog.renew(f"evaluation after update {self.at.update}")
+        if measured is None:
+            return
+        line = {"update": self.at.update} | measured
         if self.log:
-            self.log.write(line)
+            self._log(line)
             self.engine.monitor.write_events([("Eval/loss", line["eval_loss"], self.at.update)])
         self._say(
             f"update {self.at.update}: held-out loss {line['eval_loss']:.4f},"
             f" {line['eval_bits_per_byte']:.3f} bits per byte"
         )
 
+    def _goes_on(self) -> bool:
+        """Asked inside an evaluation: no request to stop anywhere."""
+        self.watchdog.renew(f"a window of the evaluation after update {self.at.update}")
+        return not self.world.agree(float(self.stop.pending()))[0]
+
+    def _log(self, line: dict[str, Any]) -> None:
+        assert self.log is not None
+        try:
+            self.log.write(line)
+        except OSError as error:
+            if self.run.on_save_error == "stop":
+                raise SaveError(f"{error}; {self._last_good()}") from None
+            self._say(f"WARNING: {error}; the line is kept and training goes on, {self._last_good()}")
+
+    def _last_good(self) -> str:
+        return (
+            "there is no checkpoint" if self.saved is None else f"the last good checkpoint is after update {self.saved}"
+        )
+
     def _edge(self) -> str | None:
         """The update's edge: saves when due, completes a save in flight, and agrees on requests to stop."""
-        if self._due(self.run.save_every):
+        self._save_due |= self._due(self.run.save_every)
+        # Not amid updates that were skipped: it would push out the checkpoints from before them.
+        if self._save_due and not self.at.bad_in_row:
+            self._save_due = False
             self._finish_save()
             self._begin_save()
         stop, unwritten = self.world.agree(float(self.stop.pending()), float(not self.saver.written))
@@ -205,8 +240,6 @@ class Trainer:
     # Checkpoints
 
     def _begin_save(self) -> None:
-        if self.log:
-            self.log.sync()
         owner = assign_parameters(self.engine.parameter_shapes(), self.saver.writers)
         position = self.windows.state_dict()
         manifest = Manifest(
@@ -223,19 +256,27 @@ class Trainer:
                 "adam_steps": self.at.adam_steps,
                 "skipped": self.at.skipped,
                 "bad_in_row": self.at.bad_in_row,
+                "evaluation_due": self.at.evaluation_due,
                 "scaler": self.engine.scaler_state(),
             },
             versions={name: version(name) for name in ("torch", "deepspeed", "transformers", "gptb-ds")},
         )
         state = torch.cat(self.states).to("cpu", copy=True)
         self._guarded(
-            self.saver.begin,
+            self._sync_and_save,
             manifest,
             self.engine.export(lambda name: owner[name] == self.world.rank),
             {"state": state, "ordinal": position["ordinal"], "offset": position["offset"]},
             _random_state(self.world.device),
         )
         self.watchdog.renew(f"save after update {self.at.update}")
+
+    def _sync_and_save(self, *args: Any) -> None:
+        try:
+            self.world.on_first(lambda: self.log.sync() if self.log else None)
+        except OSError as error:
+            raise SaveError(f"no checkpoint after update {self.at.update}: {error}") from None
+        self.saver.begin(*args)
 
     def _finish_save(self) -> None:
         if self.saver.busy:
@@ -249,30 +290,26 @@ class Trainer:
         """Runs a step of saving; when it fails, stops or goes on as `run.on_save_error` says."""
         try:
             save(*args)
-        except OSError as error:
+        except SaveError as error:
             if self.run.on_save_error == "stop":
-                raise
-            self._say(f"WARNING: {error}; training goes on, the last good checkpoint is after update {self.saved}")
+                raise SaveError(f"{error}; {self._last_good()}") from None
+            self._say(f"WARNING: {error}; training goes on, {self._last_good()}")
             return False
         return True
 
     def resume(self, reader: CheckpointReader) -> None:
         """Continues from a checkpoint: on the same ranks bit for bit, on others with the same columns and state.
 
-        Raises CheckpointError, before anything is changed, when tensors don't fit the model or the lanes.
+        Raises ValueError on all ranks, before anything is changed, when tensors don't fit the model or the lanes.
         """
         manifest = reader.manifest
-        per_rank = self.plan.lanes // self.world.size
-        first = self.world.rank * per_rank
-        reader.check_model(self.engine.parameter_shapes())
-        lanes = reader.lanes(first, first + per_rank, tuple(self.states[0].shape[1:]))
+        lanes, random_state = self.world.together(self._read, reader)
         progress = manifest.progress
-        self.engine.load(reader.fetch, progress["adam_steps"])
+        self.engine.load(lambda kind, name: self._fetch(reader, kind, name), progress["adam_steps"])
         self.engine.load_scaler_state(progress["scaler"])
-        self.windows.load_state_dict({"ordinal": lanes["ordinal"], "offset": lanes["offset"]})
         self.states = list(lanes["state"].to(self.world.device, self.engine.dtype).chunk(self.train.lane_groups))
-        if manifest.world_size == self.world.size:
-            _set_random_state(reader.random_state(self.world.rank), self.world.device)
+        if random_state is not None:
+            _set_random_state(random_state, self.world.device)
         else:
             torch.manual_seed(derive_seed(self.train.seed, "dropout", manifest.step, self.world.rank, self.world.size))
         self.at = replace(
@@ -281,9 +318,28 @@ class Trainer:
             adam_steps=progress["adam_steps"],
             skipped=progress["skipped"],
             bad_in_row=progress["bad_in_row"],
+            evaluation_due=progress["evaluation_due"],
             loss=math.nan if manifest.loss is None else manifest.loss,
         )
         self.saved = manifest.step
+
+    def _read(self, reader: CheckpointReader) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+        """What this rank needs beside weights and moments; those are only checked. The windows go to their position."""
+        per_rank = self.plan.lanes // self.world.size
+        first = self.world.rank * per_rank
+        reader.check_model(self.engine.parameter_shapes())
+        lanes = reader.lanes(first, first + per_rank, tuple(self.states[0].shape[1:]))
+        random_state = None
+        if reader.manifest.world_size == self.world.size:
+            random_state = reader.random_state(self.world.rank)
+            if random_state["cpu"].shape != torch.get_rng_state().shape:
+                raise CheckpointError(f"{reader.folder}: the random state of rank {self.world.rank} has another size")
+        self.windows.load_state_dict({"ordinal": lanes["ordinal"], "offset": lanes["offset"]})
+        return lanes, random_state
+
+    def _fetch(self, reader: CheckpointReader, kind: str, name: str) -> torch.Tensor:
+        self.watchdog.renew(f"loading {kind} of {name}")
+        return reader.fetch(kind, name)
 
 
 def _tensors(window: Window) -> tuple[torch.Tensor | None, ...]:

@@ -57,7 +57,7 @@ class World:
             values = [value if self.rank == 0 else None]
             dist.broadcast_object_list(values, src=0, group=self.control)
         if isinstance(values[0], Exception):
-            raise values[0]
+            raise _shared(values[0])
         return values[0]
 
     def on_first(self, function: Any, *args: Any) -> Any:
@@ -82,7 +82,7 @@ class World:
         for rank, text in enumerate(problems):
             if text is not None:
                 # A mistake that all share is said as it is; one that only some ranks see, with who sees it.
-                raise ValueError(text if rank == 0 else f"rank {rank}: {text}")
+                raise _shared(ValueError(text if rank == 0 else f"rank {rank}: {text}"))
         return result
 
     def barrier(self) -> None:
@@ -111,6 +111,16 @@ class World:
                     dist.recv(_bytes(whole[index]), member, group=self.control)
             stacked[name] = whole
         return stacked
+
+
+def is_shared(error: BaseException) -> bool:
+    """Whether every rank raises this error, so that rank 0 speaks for all."""
+    return getattr(error, "shared", False)
+
+
+def _shared(error: Exception) -> Exception:
+    error.shared = True  # type: ignore[attr-defined]
+    return error
 
 
 def find_rank(env: Mapping[str, str]) -> dict[str, str] | None:
