@@ -131,6 +131,13 @@ def _main(args: list[str], rank: int, ranks: int, port: int, output: Path) -> No
     os._exit(code)
 
 
+def with_environment(main, args, *others) -> None:
+    """`main` with the variables of environment.json beside the run's folder."""
+    run = Path(args[args.index("--run.dir") + 1])
+    os.environ |= json.loads((run.parent / "environment.json").read_text())
+    main(args, *others)
+
+
 # What each process runs; a test may put a fault in front of it.
 main_of_a_rank = _main
 

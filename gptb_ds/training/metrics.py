@@ -32,6 +32,11 @@ class MetricsLog:
         self._file: FileIO | None = None
         self._unwritten = b""
 
+    @property
+    def keeps(self) -> bool:
+        """Whether there are lines that the disk did not take."""
+        return bool(self._unwritten)
+
     def cut_after(self, update: int) -> None:
         """Drops the lines of later updates: training goes on from there and will write them again."""
         kept: list[str] = []

@@ -289,11 +289,15 @@ def _choose_checkpoint(
         damaged = [folder for folder in passed_over if (folder / "manifest.json").exists()]
         return found, damaged if found or not damaged else everything
     found = Path(resume)
-    if not world.on_first(found.is_dir):
-        raise ConfigError(f"run.resume {resume}: no such folder; give auto, never or a checkpoint's folder")
+    world.on_first(_must_exist, found)
     step = verify_together(found, world, watchdog.renew).step
     own = world.from_first(found.resolve().parent.parent == run.resolve())
     return found, [p for p in folders if not own or int(p.name.split("-")[1]) > step]
+
+
+def _must_exist(checkpoint: Path) -> None:
+    if not checkpoint.is_dir():
+        raise ConfigError(f"run.resume {checkpoint}: no such folder; give auto, never or a checkpoint's folder")
 
 
 def _empty_state(config: Config, lanes: int, engine: Engine) -> torch.Tensor:

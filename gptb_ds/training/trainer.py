@@ -201,12 +201,14 @@ class Trainer:
 
     def _log(self, line: dict[str, Any]) -> None:
         assert self.log is not None
+        kept_before = self.log.keeps
         try:
             self.log.write(line)
         except OSError as error:
             if self.run.on_save_error == "stop":
                 raise SaveError(f"{error}; {self._last_good()}") from None
-            self._say(f"WARNING: {error}; the line is kept and training goes on, {self._last_good()}")
+            if not kept_before:  # said once, not at every update
+                self._say(f"WARNING: {error}; lines are kept in memory and training goes on, {self._last_good()}")
 
     def _last_good(self) -> str:
         return (

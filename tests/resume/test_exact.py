@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
+import tests.training_runs
 from tests.training_runs import file_checksums, losses, metrics, rewind, start, train
 
 CASES = [
-    pytest.param(
-        stage, ranks, precision, 1 + (stage + ranks + (precision == "bf16")) % 2, id=f"zero{stage}-{ranks}r-{precision}"
-    )
+    pytest.param(stage, ranks, precision, groups, id=f"zero{stage}-{ranks}r-{precision}-{groups}g")
     for stage in (0, 1, 2, 3)
     for ranks in (1, 2)
     for precision in ("fp32", "bf16")
+    for groups in (1, 2)
 ]
 
 
@@ -86,3 +86,37 @@ def test_evaluation_and_samples_leave_training_undisturbed(stage, store, tmp_pat
     assert job.text(0).count("sample after") == 4
     assert losses(tmp_path / "busy") == losses(tmp_path / "quiet")
     assert file_checksums(tmp_path / "busy", 8) == file_checksums(tmp_path / "quiet", 8)
+
+
+def _main_with_slow_evaluation(*args) -> None:
+    """Each window of an evaluation takes a while longer."""
+    import gptb_ds.training.run as run
+
+    windows = run.held_out_windows
+
+    def slow(*call, **options):
+        for window in windows(*call, **options):
+            time.sleep(0.05)
+            yield window
+
+    run.held_out_windows = slow
+    tests.training_runs._main(*args)
+
+
+@pytest.mark.slow
+def test_a_stop_inside_an_evaluation_is_heard_there(store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = {"ranks": 2, "model__dropout": 0.1, "run__eval_tokens": 10**6, "data__window": 2}
+    train(tmp_path / "straight", store, **options)
+    assert '"eval_loss"' in metrics(tmp_path / "straight")[6]
+    run = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(tests.training_runs, "main_of_a_rank", _main_with_slow_evaluation)
+        job = start(run, store, **options)
+        _wait_for_lines(run, 6)  # the first evaluation and 5 updates: the second one is under way
+        job.signal(signal.SIGTERM, 1)
+        assert job.wait() == [85, 85], job.text()
+    assert "stopped after update 5" in job.text(0)
+    assert len(metrics(run)) == 6, "the evaluation was broken off"
+    train(run, store, **options)
+    assert metrics(run) == metrics(tmp_path / "straight")
+    assert file_checksums(run, 12) == file_checksums(tmp_path / "straight", 12)

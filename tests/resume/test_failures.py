@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
+import os
 import resource
 import signal
 import time
@@ -12,7 +15,7 @@ import pytest
 
 import tests.training_runs
 from gptb_ds.training.checkpoint import checkpoint_folders, verify
-from tests.training_runs import losses, metrics, start, train
+from tests.training_runs import losses, metrics, start, train, with_environment
 
 LONG = {"train__updates": 100000, "run__save_every": 0, "run__eval_every": 0}
 
@@ -64,6 +67,9 @@ def test_a_killed_rank_ends_the_other(rank, store, tmp_path: Path):
     assert "Traceback" not in job.text()
 
 
+FAULTS = {"ZeroDivisionError": ZeroDivisionError, "ValueError": ValueError, "OSError": OSError}
+
+
 def _main_that_fails(args, rank, *others) -> None:
     """Rank 1 meets a fault of its own in its 8th update."""
     from gptb_ds.training.engine import Engine
@@ -73,7 +79,7 @@ def _main_that_fails(args, rank, *others) -> None:
     def failing(self, *call):
         calls.append(1)
         if rank == 1 and len(calls) == 8:
-            raise ZeroDivisionError("the fault of rank 1")
+            raise FAULTS[os.environ["FAULT_OF_RANK_1"]]("the fault of rank 1")
         return update(self, *call)
 
     Engine.update = failing
@@ -81,8 +87,10 @@ def _main_that_fails(args, rank, *others) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_raises_is_heard_once(store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tests.training_runs, "main_of_a_rank", _main_that_fails)
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_rank_that_raises_is_heard_once(kind, store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tests.training_runs, "main_of_a_rank", functools.partial(with_environment, _main_that_fails))
+    (tmp_path / "environment.json").write_text(json.dumps({"FAULT_OF_RANK_1": kind}))
     job = train(tmp_path / "run", store, ranks=2, expect=1, timeout=30, **LONG)
     assert job.text().count("Traceback") == 1
     assert "[rank 1 on " in job.text(1) and "the fault of rank 1" in job.text(1)
@@ -131,6 +139,9 @@ def test_updates_that_are_not_finite_are_skipped_and_then_end_the_run(stage, sto
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("skipped", False) for line in lines[-3:]] == [True] * 3
     assert not lines[0].get("skipped", False)
+    good = [line["update"] for line in lines if not line.get("skipped")]
+    assert int(checkpoint_folders(run)[0].name.split("-")[1]) == good[-1], "none of those amid the bad updates"
+    assert f"the last good checkpoint is after update {good[-1]}" in job.text(0)
 
 
 def _small_files_only() -> None:
@@ -156,3 +167,99 @@ def test_a_disk_that_takes_no_more(policy, store, tmp_path: Path, monkeypatch: p
 def _limited_main(*args) -> None:
     _small_files_only()
     tests.training_runs._main(*args)
+
+
+def _main_with_small_metrics(*args) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    tests.training_runs._main(*args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_disk_that_takes_no_more_metrics(policy, store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(tests.training_runs, "main_of_a_rank", _main_with_small_metrics)
+    options = {
+        "model__n_embd": 4,
+        "train__updates": 400,
+        "run__save_every": 50,
+        "run__eval_every": 0,
+        "run__log_every": 50,
+    }
+    job = train(run, store, ranks=2, expect=1, run__on_save_error=policy, **options)
+    assert f"{run}/metrics.jsonl" in job.text(0) and "the last good checkpoint is after update" in job.text(0)
+    assert "Traceback" not in job.text()
+    assert ("training goes on" in job.text(0)) == (policy == "continue")
+    assert ("update 400/400" in job.text(0)) == (policy == "continue")
+    newest = verify(next(folder for folder in checkpoint_folders(run) if (folder / "manifest.json").exists()))
+    assert newest.step in losses_so_far(run), "no checkpoint claims lines that are not there"
+
+
+def losses_so_far(run: Path) -> set[int]:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return {json.loads(line)["update"] for line in lines if line.endswith("\n")}
+
+
+def _main_with_infinite_losses(*args) -> None:
+    """The loss of rank 0 is infinite in updates 5 and 6, its gradients are not."""
+    from gptb_ds.training.objective import WindowObjective
+
+    forward, calls = WindowObjective.forward, []
+
+    def infinite(self, *call):
+        loss, state = forward(self, *call)
+        calls.append(1)
+        return loss + (math.inf if len(calls) in (5, 6) and os.environ.get("RANK", "0") == "0" else 0.0), state
+
+    WindowObjective.forward = infinite
+    tests.training_runs._main(*args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_loss_that_is_not_finite_is_skipped(stage, store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(tests.training_runs, "main_of_a_rank", _main_with_infinite_losses)
+    train(run, store, stage=stage, ranks=2, run__eval_every=0)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines if line.get("skipped")] == [5, 6]
+    assert lines[11]["loss"] < lines[0]["loss"]
+
+
+def _main_with_slow_reading(*args) -> None:
+    from gptb_ds.training.checkpoint import CheckpointReader
+
+    fetch = CheckpointReader.fetch
+
+    def slow(self, kind, name):
+        time.sleep(0.15)
+        return fetch(self, kind, name)
+
+    CheckpointReader.fetch = slow
+    tests.training_runs._main(*args)
+
+
+@pytest.mark.slow
+def test_a_slow_resume_is_no_hang(store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = tmp_path / "run"
+    train(run, store, ranks=2, train__updates=4)
+    monkeypatch.setattr(tests.training_runs, "main_of_a_rank", _main_with_slow_reading)
+    began = time.monotonic()
+    train(run, store, ranks=2, train__updates=6, run__hang_seconds=4)
+    assert time.monotonic() - began > 5, "else it showed nothing"
+
+
+def _main_that_hangs_in_reading(args, rank, *others) -> None:
+    import gptb_ds.training.run as run
+
+    if rank == 1:
+        run._read_inputs = lambda *_: time.sleep(120)
+    tests.training_runs._main(args, rank, *others)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_before_training_is_named(store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tests.training_runs, "main_of_a_rank", _main_that_hangs_in_reading)
+    job = start(tmp_path / "run", store, ranks=2, run__hang_seconds=5)
+    assert job.wait(60) == [70, 70], job.text()
+    assert "no progress for 5 s since start" in job.text(1) and "test_failures.py" not in job.text(0)

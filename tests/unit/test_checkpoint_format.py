@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from gptb_ds.files import sha256_of
 from gptb_ds.training.checkpoint import (
     CheckpointError,
     CheckpointReader,
     Manifest,
+    UnreadableError,
+    _checksum,
     changed_settings,
     check_identity,
     checkpoint_folder,
     checkpoint_folders,
     list_checkpoints,
     newest_good,
+    read_manifest,
     verify,
 )
 from gptb_ds.training.saver import MAX_WRITERS, Saver, assign_parameters, prune, writer_blocks
@@ -190,3 +196,72 @@ def test_a_thousand_ranks_and_a_million_lanes_without_processes(tmp_path: Path):
         first, last = rank * lanes // 768, (rank + 1) * lanes // 768
         assert torch.equal(reader.lanes(first, last, (1, 1))["ordinal"], torch.arange(first, last))
     assert threading.active_count() < 8
+
+
+def forge(folder: Path, **changes: object) -> None:
+    """Rewrites values of the manifest, with a checksum that fits: what a stranger can do."""
+    body = json.loads((folder / "manifest.json").read_text())
+    del body["checksum"]
+    (folder / "manifest.json").write_text(json.dumps(body | changes | {"checksum": _checksum(body | changes)}))
+
+
+def forge_tensors(folder: Path, kind: str, **tensors: torch.Tensor | None) -> None:
+    """Replaces tensors of a file (None: leaves one out), with a manifest that fits."""
+    path = next(folder.glob(f"{kind}-*"))
+    changed = {k: v for k, v in (load_file(path) | tensors).items() if v is not None}
+    save_file(changed, path)
+    entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    forge(folder, files=json.loads((folder / "manifest.json").read_text())["files"] | {path.name: entry})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"step": -5}, "step: Input should be greater"),
+        ({"step": 4}, "manifest.json is of update 4"),
+        ({"progress": {"adam_steps": "many"}}, "progress.adam_steps: Input should be a valid integer"),
+        ({"progress": {}}, "progress.adam_steps: Field required"),
+        ({"files": ["a"]}, "files: Input should be a valid dictionary"),
+        ({"files": {"lanes-0-4.safetensors": 5}}, "files.lanes-0-4.safetensors"),
+        ({"files": {"lanes-a-b.safetensors": {"bytes": 0, "sha256": ""}}}, "which is no file of a checkpoint"),
+        ({"identity": []}, "identity: Input should be a valid dictionary"),
+        ({"surprise": 1}, "surprise"),
+        ({"format": 2}, "format 2, this version reads 1"),
+    ],
+)
+def test_a_forged_manifest_is_refused_in_one_line(tmp_path: Path, changes: dict, words: str):
+    folder = save(tmp_path)
+    forge(folder, **changes)
+    with pytest.raises(CheckpointError) as caught:
+        read_manifest(folder)
+    assert words in str(caught.value) and "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_forged_lanes_and_random_states_are_refused(tmp_path: Path):
+    def reader(kind: str, **tensors: torch.Tensor | None) -> CheckpointReader:
+        folder = save(tmp_path)
+        forge_tensors(folder, kind, **tensors)
+        verify(folder)
+        return CheckpointReader(folder)
+
+    with pytest.raises(CheckpointError, match=r"ordinal is F32 \(4,\), the run needs I64"):
+        reader("lanes", ordinal=torch.arange(4) + 0.7).lanes(0, 4, (3, 8))
+    with pytest.raises(CheckpointError, match=r"state is I64 \(4, 3, 8\), the run needs F32"):
+        reader("lanes", state=torch.zeros(4, 3, 8, dtype=torch.int64)).lanes(0, 4, (3, 8))
+    with pytest.raises(CheckpointError, match="lacks the tensor 'state'"):
+        reader("lanes", state=None).lanes(0, 4, (3, 8))
+    with pytest.raises(CheckpointError, match="cpu is F32"):
+        reader("rng", cpu=torch.zeros(1, 8)).random_state(0)
+    with pytest.raises(CheckpointError, match="lacks the tensor 'cpu'"):
+        reader("rng", cpu=None, cuda=torch.zeros(1, 8, dtype=torch.uint8)).random_state(0)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save(tmp_path)
+
+    def forbidden(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)  # root, as which tests may run, reads everything
+    with pytest.raises(UnreadableError, match="Permission denied"):
+        newest_good(tmp_path, World())

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from gptb_ds.config import ConfigError, OptimConfig
 from gptb_ds.training.faults import report
 from gptb_ds.training.metrics import MetricsLog, Progress, read_metrics
-from gptb_ds.training.preemption import SIGNALS, StopRequests, slurm_end
+from gptb_ds.training.preemption import SIGNALS, StopRequests, slurm_continues, slurm_end
 from gptb_ds.training.run_folder import RunFolder
 from gptb_ds.training.schedule import learning_rate
 from gptb_ds.training.world import World, derive_seed, find_rank
@@ -194,3 +195,28 @@ def test_progress_fits_a_terminal_of_80_columns(monkeypatch: pytest.MonkeyPatch)
     progress.update(line, 12.25)
     progress.close()
     assert "bpb 12.250 grad 10.125 lr 1.00e-03 12,346 tok/s" in terminal.getvalue()
+
+
+def test_lines_that_the_disk_does_not_take_are_kept(tmp_path: Path):
+    """A limit on the size of files, as a full disk would be."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+        log.write({"update": 1, "loss": 0.5})
+        for update in (2, 3):
+            with pytest.raises(OSError, match=r"File too large: .*metrics.jsonl"):
+                log.write({"update": update, "loss": 0.5})
+        with pytest.raises(OSError, match=r"metrics.jsonl"):
+            log.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log.sync()
+    assert [line["update"] for line in read_metrics(log.path)] == [1, 2, 3]
+
+
+def test_when_slurm_started_a_job_before():
+    assert not slurm_continues({}) and not slurm_continues({"SLURM_RESTART_COUNT": "0"})
+    assert slurm_continues({"SLURM_RESTART_COUNT": "2"})
+    assert not slurm_continues({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MIN": "1"})
+    assert slurm_continues({"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MIN": "1"})

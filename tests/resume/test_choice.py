@@ -1,0 +1,120 @@
+"""Owns the claim that a run continues from the right checkpoint, and loses nothing that it leaves behind."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+
+import tests.training_runs
+from gptb_ds.export import load_any
+from gptb_ds.training.checkpoint import Manifest, checkpoint_folder, checkpoint_folders, read_manifest, verify
+from tests.training_runs import losses, metrics, rewind, train, with_environment
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def straight(store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    train(run, store, ranks=2)
+    return run
+
+
+def flip(folder: Path) -> None:
+    file = next(folder.glob("model-*"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    return {p.relative_to(run).as_posix(): p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def steps(run: Path) -> list[int]:
+    return [int(folder.name.split("-")[1]) for folder in checkpoint_folders(run)]
+
+
+def test_a_damaged_newer_checkpoint_never_pushes_out_good_ones(straight: Path, store: Path, tmp_path: Path):
+    run = rewind(straight, tmp_path / "run", 12)
+    flip(checkpoint_folder(run, 12))
+    options = {"ranks": 2, "run__keep": 1, "run__save_every": 5, "train__updates": 11}
+    job = train(run, store, **options)
+    assert "passed over" in job.text(0) and "is now in" in job.text(0)
+    assert steps(run) == [11]
+    verify(checkpoint_folder(run, 11))
+    assert (run / "previous-001/checkpoints/step-00000012/manifest.json").exists()
+    assert "done: 11 updates" in train(run, store, **options).text(0)
+
+
+def test_a_refused_start_moves_nothing(straight: Path, store: Path, tmp_path: Path):
+    run = rewind(straight, tmp_path / "run", 12)
+    before = files_of(run)
+    four = str(checkpoint_folder(run, 4))
+    for options in (
+        {"run__resume": four, "data__seed": 9},
+        {"run__resume": four, "data__max_document_tokens": 50},
+        {"run__resume": "never", "train__precision": "fp16"},
+        {"run__resume": "atuo"},
+        {"run__resume": str(run)},
+    ):
+        job = train(run, store, ranks=2, expect=2, **options)
+        assert job.text(1).strip() == "" and "Traceback" not in job.text(0)
+        assert files_of(run) == before
+    assert "run.resume atuo: no such folder" in train(run, store, expect=2, run__resume="atuo").text(0)
+    job = train(run, store, expect=2, data__max_document_tokens=50)
+    assert "data.max_document_tokens was None when this was saved and is 50 now" in job.text(0)
+
+
+def test_what_is_left_behind_can_be_used(straight: Path, store: Path, tmp_path: Path):
+    run = rewind(straight, tmp_path / "run", 12)
+    train(run, store, ranks=2, run__resume=str(checkpoint_folder(run, 4)), train__updates=6, optim__lr=1e-4)
+    assert steps(run) == [6, 4] and steps(run / "previous-001") == [12, 8]
+    load_any(str(run / "previous-001"))
+    assert metrics(run / "previous-001") == metrics(straight)
+    train(run, store, ranks=2, run__resume="never")
+    assert metrics(run) == metrics(straight)
+    assert steps(run / "previous-002") == [6, 4]
+    load_any(str(run / "previous-002"))
+
+
+def test_a_checkpoint_of_another_run_brings_its_metrics(straight: Path, store: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    train(run, store, ranks=2, optim__lr=1e-3)
+    train(run, store, ranks=2, run__resume=str(checkpoint_folder(straight, 8)))
+    assert metrics(run) == metrics(straight)
+    assert losses(run / "previous-001") != losses(straight)
+
+
+def test_a_requeued_job_continues_whatever_it_was_told_at_first(
+    straight: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = rewind(straight, tmp_path / "run", 8)
+    main = functools.partial(with_environment, tests.training_runs._main)
+    monkeypatch.setattr(tests.training_runs, "main_of_a_rank", main)
+    (tmp_path / "environment.json").write_text(json.dumps({"SLURM_RESTART_COUNT": "1"}))
+    job = train(run, store, ranks=2, run__resume="never")
+    assert "now it is auto" in job.text(0) and "(update 8)" in job.text(0)
+    assert metrics(run) == metrics(straight)
+
+
+def test_checkpoints_that_only_a_newer_version_reads_are_no_damage(straight: Path, store: Path, tmp_path: Path):
+    run = rewind(straight, tmp_path / "run", 8)
+    for folder in checkpoint_folders(run):
+        forged = Manifest(**{**read_manifest(folder).__dict__, "format": 2})
+        (folder / "manifest.json").write_bytes(forged.to_json())
+    before = files_of(run)
+    assert "format 2, this version reads 1" in train(run, store, ranks=2, expect=2).text(0)
+    assert files_of(run) == before
+
+
+def test_when_no_checkpoint_is_good_all_are_kept_aside(straight: Path, store: Path, tmp_path: Path):
+    run = rewind(straight, tmp_path / "run", 8)
+    for folder in checkpoint_folders(run):
+        flip(folder)
+    train(run, store, ranks=2, run__keep=1)
+    assert metrics(run) == metrics(straight)
+    assert steps(run / "previous-001") == [8, 4]
