@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from gptb_ds.config import Config, Group, load_config
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "checkpoints": (_checkpoints, "list a run's checkpoints"),
         "doctor": (_doctor, "what a bug report needs, and what is wrong with this machine"),
     }
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gptb-ds",
         description="Train recurrent transformers: GPT-2 with its outputs connected to its inputs.",
         epilog="\n".join(f"  {name:<12} {text}" for name, (_, text) in verbs.items()),
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verbs[chosen][0](argv[1:])
     except ValueError as error:
         # What a user gave: every line says what, where and what to do. Ranks that share a mistake say it once.
-        if os.environ.get("RANK", "0") == "0":
+        if _speaks():
             for line in str(error).splitlines():
                 print(f"gptb-ds {chosen}: {line}", file=sys.stderr)
         return USAGE
@@ -54,8 +55,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAULT
 
 
+def _speaks() -> bool:
+    """Whether this process is the first of a job, by whichever launcher."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if os.environ.get(name)), "0") == "0"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line once, not on every rank."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if _speaks():
+            super()._print_message(message, file)
+
+
 def _parser(verb: str, add_arguments: Callable[[argparse.ArgumentParser], None], text: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"gptb-ds {verb}", description=text, allow_abbrev=False)
+    parser = _Parser(prog=f"gptb-ds {verb}", description=text, allow_abbrev=False)
     add_arguments(parser)
     return parser
 

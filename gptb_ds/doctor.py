@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
 import shutil
@@ -97,6 +98,10 @@ def _packages() -> Iterator[Finding]:
             # MPI is one way to launch among several; all others are imported by a training run.
             level: Literal["note", "bad"] = "note" if name == "mpi4py" else "bad"
             yield Finding(level, name, f"not installed: pip install {name}")
+    try:
+        importlib.import_module("gptb_ds.training.engine")  # it alone imports deepspeed
+    except Exception as error:  # whatever keeps a training run from starting
+        yield Finding("bad", "deepspeed", f"cannot be imported: {' '.join(str(error).split())[:300]}")
 
 
 def _devices() -> Iterator[Finding]:
@@ -150,6 +155,13 @@ def _network() -> Finding:
             f"{socket.gethostname()} does not resolve: add it to /etc/hosts, or set GLOO_SOCKET_IFNAME and"
             " NCCL_SOCKET_IFNAME to the interface between the hosts",
         )
+    if address.startswith("127."):
+        return Finding(
+            "note",
+            "host name",
+            f"{socket.gethostname()} is {address}, which other hosts can't reach: for several hosts set MASTER_ADDR,"
+            " and GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between them",
+        )
     return Finding("ok", "host name", f"{socket.gethostname()} is {address}")
 
 
@@ -157,18 +169,20 @@ def _store(path: Path) -> Finding:
     from gptb_ds.data.documents import open_store
 
     try:
-        documents = [open_store(path, split).num_documents for split in ("train", "validation")]
+        splits = open_store(path).manifest["splits"]
+        documents = [splits[split]["documents"] for split in ("train", "validation")]
     except (ValueError, OSError) as error:
         return Finding("bad", "store", " ".join(str(error).split()))
-    return Finding("ok", "store", f"{path}: {documents[0]:,} documents, {documents[1]:,} held out")
+    writable = "" if os.access(path, os.W_OK) else "; read only, which is enough to train"
+    return Finding("ok", "store", f"{path}: {documents[0]:,} documents, {documents[1]:,} held out{writable}")
 
 
 def _run_folder(path: Path) -> Finding:
     """Can we write there, and how much room is left? Makes nothing: the folder's nearest parent is tried."""
     place = path
-    while not place.exists():
-        place = place.parent
     try:
+        while not place.exists():
+            place = place.parent
         with tempfile.NamedTemporaryFile(dir=place) as file:
             file.write(b"gptb-ds")
             file.flush()

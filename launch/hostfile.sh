@@ -27,12 +27,12 @@ DS_ENV_FILE=$(mktemp)
 export DS_ENV_FILE
 trap 'rm -f "$DS_ENV_FILE"' EXIT
 {
-    env | grep -E '^(PATH|LD_LIBRARY_PATH|TMPDIR|(DS|DEEPSPEED|GPTB|HF|TORCH|NCCL|GLOO|OMP|UCX|CUDA_HOME|XDG_CACHE)[A-Z_]*)='
+    env | grep -E '^(PATH|LD_LIBRARY_PATH|TMPDIR|(DS|DEEPSPEED|GPTB|HF|TORCH|NCCL|GLOO|OMP|UCX|WANDB|CUDA_HOME|XDG_CACHE)[A-Z0-9_]*)='
     cat ~/.deepspeed_env .deepspeed_env 2>/dev/null
-} | grep -v '^DS_ENV_FILE=' >"$DS_ENV_FILE"
+} | grep -vE '^(DS_ENV_FILE|[^=]*(TOKEN|KEY|SECRET|PASSWORD)[^=]*)=' >"$DS_ENV_FILE" # secrets would show in ps on every host
 
 # --quiet does not reach the other hosts: their launchers' chatter is dropped here.
-exec {out}> >(trap '' INT HUP && exec grep --line-buffered -vE '\[INFO\] \[launch\.py|Setting accelerator to CPU')
+exec {out}> >(trap '' INT HUP && exec grep --line-buffered -vE '\[INFO\] \[launch\.py|Setting accelerator to CPU|exits with return code = 85')
 filter=$!
 setsid deepspeed "${options[@]}" --module gptb_ds train "$@" >&"$out" &
 launcher=$!
@@ -40,18 +40,18 @@ launcher=$!
 ask_for_checkpoint() {
     trap 'kill -TERM "$launcher"' INT
     # One rank is enough, they agree. The port tells our launcher there from any other; the ranks are its children.
-    local first mine="deepspeed[.]launcher[.]launch .*--master_port=$port "
+    local first mine="^[^ ]*python[^ ]* .*deepspeed[.]launcher[.]launch .*--master_port=$port "
     first=$(sed -n 's/^\([^#[:space:]]\{1,\}\)[[:space:]]\{1,\}slots=.*/\1/p' "$hostfile" | head -n 1)
     PDSH_SSH_ARGS_APPEND="$PDSH_SSH_ARGS_APPEND${SSH_PORT:+ -p $SSH_PORT}" pdsh -R ssh -w "$first" \
-        "pkill -TERM -P \$(pgrep -d, -f '$mine')" >/dev/null 2>&1
+        "pkill -TERM -P \$(pgrep -d, -f '$mine')" >/dev/null 2>&1 && return
+    kill -TERM "$launcher" # no ranks there yet, so nothing to save
 }
 trap ask_for_checkpoint TERM INT HUP USR1 USR2
 
-while :; do
-    wait "$launcher"
-    code=$?
-    kill -0 "$launcher" 2>/dev/null || break
-done
+# A signal ends a wait early; the last one tells the exit code, whatever came in between.
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
+wait "$launcher"
+code=$?
 exec {out}>&-
 wait "$filter"
 exit "$code"

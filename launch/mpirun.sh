@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Owns a run under mpirun (Open MPI, MPICH, Intel MPI): launch/mpirun.sh TRAIN-ARGUMENTS...
+# Owns a run under mpirun (tested with Open MPI): launch/mpirun.sh TRAIN-ARGUMENTS...
 #   N=16                                          ranks (default: as many as mpirun finds slots for)
 #   MPIRUN_ARGS="--hostfile hosts -x PATH"        anything else for mpirun
 # The ranks ask MPI who they are (mpi4py) and talk over NCCL or gloo, so the MPI needs no CUDA.
@@ -8,7 +8,7 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -d "$root/.venv/bin" ] && export PATH="$root/.venv/bin:$PATH"
 
-# mpirun ends its ranks on TERM but passes USR2 on; its own session keeps the terminal's Ctrl-C away from them. Its habit
+# mpirun ends its ranks on TERM but passes USR1 on; its own session keeps the terminal's Ctrl-C away from them. Its habit
 # of binding a rank to one core would leave that rank one thread.
 read -ra extra <<<"${MPIRUN_ARGS:-}"
 setsid mpirun ${N:+-n "$N"} --bind-to none "${extra[@]}" python -m gptb_ds train "$@" &
@@ -16,13 +16,12 @@ launcher=$!
 # shellcheck disable=SC2317  # the traps call it
 ask_for_checkpoint() {
     trap 'kill -TERM "$launcher"' INT
-    kill -USR2 "$launcher"
+    kill -USR1 "$launcher"
 }
 trap ask_for_checkpoint TERM INT HUP USR1 USR2
 
-while :; do
-    wait "$launcher"
-    code=$?
-    kill -0 "$launcher" 2>/dev/null || break
-done
+# A signal ends a wait early; the last one tells the exit code, whatever came in between.
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
+wait "$launcher"
+code=$?
 exit "$code"

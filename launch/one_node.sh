@@ -11,7 +11,12 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 options=(--quiet --no_local_rank --master_port "$port")
 if compgen -G '/dev/nvidia[0-9]*' >/dev/null || [ -e /dev/kfd ]; then
-    [ -n "${N:-}" ] && options+=(--num_accelerators "$N")
+    if [ -n "${N:-}" ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        CUDA_VISIBLE_DEVICES=$(cut -d, -f"1-$N" <<<"$CUDA_VISIBLE_DEVICES") # beside a number DeepSpeed would drop the list
+        export CUDA_VISIBLE_DEVICES
+    elif [ -n "${N:-}" ]; then
+        options+=(--num_accelerators "$N")
+    fi
 else
     export DS_ACCELERATOR=cpu
     options+=(--num_accelerators "${N:-1}")
@@ -38,11 +43,10 @@ ask_for_checkpoint() {
 }
 trap ask_for_checkpoint TERM INT HUP USR1 USR2
 
-while :; do
-    wait "$launcher"
-    code=$?
-    kill -0 "$launcher" 2>/dev/null || break
-done
+# A signal ends a wait early; the last one tells the exit code, whatever came in between.
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher"; done
+wait "$launcher"
+code=$?
 # Ranks that outlived their launcher (it was killed) would hold the devices.
 if kill -TERM -- "-$launcher" 2>/dev/null; then
     echo "launch/one_node.sh: the launcher is gone and left ranks behind; ending them" >&2

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
-from gptb_ds.config import OptimConfig
+from gptb_ds.config import ConfigError, OptimConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.training.objective import WindowObjective
 from gptb_ds.training.policy import zero_stage
@@ -26,6 +27,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+import deepspeed.runtime.zero.config  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     logger,
     safe_get_full_fp32_param,
@@ -52,6 +54,15 @@ class UpdateResult:
     loss: float
     grad_norm: float
     applied: bool
+
+
+def check_policy(policy: dict[str, Any]) -> None:
+    """Raises ConfigError, a line for each mistake, when DeepSpeed refuses the policy's ZeRO part."""
+    try:
+        deepspeed.runtime.zero.config.DeepSpeedZeroConfig(**policy.get("zero_optimization", {}))
+    except ValidationError as error:
+        lines = [f"zero_optimization.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("\n".join(f"--deepspeed_config: {line}" for line in lines)) from None
 
 
 class Engine:

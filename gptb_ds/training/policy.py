@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,21 @@ _OWNED = {
     "tensorboard": "run.monitor",
     "csv_monitor": "run.monitor",
     "wandb": "run.monitor",
+    "steps_per_print": "run.log_every",
+    "zero_force_ds_cpu_optimizer": "the engine",
+}
+# DeepSpeed 0.19 ignores a key that it doesn't know: "zero_optimisation" would train at stage 0.
+_KNOWN = {
+    *("zero_optimization", "zero_allow_untested_optimizer", "communication_data_type", "prescale_gradients"),
+    *("seq_parallel_communication_data_type", "gradient_predivide_factor", "sparse_gradients", "aio", "comms_logger"),
+    *("flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "data_types", "checkpoint"),
 }
 
 
 def read_policy(path: str | None) -> dict[str, Any]:
     """The DeepSpeed policy of a JSON file (ZeRO stage, offload, buckets); stage 1 when there is none.
 
-    Raises ConfigError with one line for each key that belongs to the run's configuration.
+    Raises ConfigError with one line for each key that belongs to the run's configuration, or that is none.
     """
     if path is None:
         return {"zero_optimization": {"stage": 1, "overlap_comm": False}}
@@ -39,9 +48,17 @@ def read_policy(path: str | None) -> dict[str, Any]:
         raise ConfigError(f"--deepspeed_config {path}: cannot be read as JSON: {error}") from None
     if not isinstance(policy, dict):
         raise ConfigError(f"--deepspeed_config {path}: must be a JSON object")
-    clashes = [f"{path}: '{key}' belongs to {owner}; remove it here" for key, owner in _OWNED.items() if key in policy]
-    if clashes:
-        raise ConfigError("\n".join(clashes))
+    wrong = []
+    for key in policy:
+        if key in _OWNED:
+            wrong.append(f"{path}: '{key}' belongs to {_OWNED[key]}; remove it here")
+        elif key not in _KNOWN:
+            choices = get_close_matches(key, _KNOWN) or sorted(_KNOWN)
+            wrong.append(f"{path}: '{key}' is no key of a policy; choose out of {', '.join(choices)}")
+    if not isinstance(policy.get("zero_optimization", {}), dict):
+        wrong.append(f"{path}: 'zero_optimization' must be an object, such as {{\"stage\": 2}}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
     return policy
 
 

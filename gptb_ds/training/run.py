@@ -32,7 +32,7 @@ from gptb_ds.training.checkpoint import (
     newest_good,
     verify_together,
 )
-from gptb_ds.training.engine import Engine
+from gptb_ds.training.engine import Engine, check_policy
 from gptb_ds.training.faults import report
 from gptb_ds.training.metrics import MetricsLog
 from gptb_ds.training.objective import WindowObjective
@@ -206,6 +206,7 @@ def _read_inputs(config: Config, world: World) -> _Inputs:
     if "wandb" in config.run.monitor and importlib.util.find_spec("wandb") is None:
         raise ConfigError("run.monitor wandb: the package wandb is not installed; pip install wandb, or leave it out")
     policy = read_policy(config.deepspeed_config)
+    check_policy(policy)
     corpus = open_corpus(config.data.path, config.data.weights, "train")
     torch.manual_seed(derive_seed(config.train.seed, "initialisation"))
     configuration = model_configuration(config, corpus.vocab_size, corpus.eot_id)

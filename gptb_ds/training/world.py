@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -126,13 +127,21 @@ def _shared(error: Exception) -> Exception:
 def find_rank(env: Mapping[str, str]) -> dict[str, str] | None:
     """The five variables of torch's rendezvous as `env` gives them, or None when this is a single process.
 
-    In order: the variables themselves (deepspeed launcher, torchrun, launch/slurm.sbatch); a Slurm step with a
-    rendezvous address; a process started by `mpirun` (asked through mpi4py).
-    Raises ValueError when only a part is set, or when MPI started us and mpi4py can't load it.
+    In order: the variables themselves (deepspeed launcher, torchrun, launch/slurm.sbatch); a process started by
+    `mpirun` (asked through mpi4py), in a Slurm allocation too; a Slurm step with a rendezvous address.
+    Raises ValueError when only a part is set, when it contradicts MPI, or when MPI started us and mpi4py can't load it.
     """
     given = [name for name in _ENVIRONMENT if env.get(name)]
+    mpi_size = max(int(env.get(name) or 1) for name in ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
     if len(given) == len(_ENVIRONMENT):
+        if mpi_size > 1 and mpi_size != int(env["WORLD_SIZE"]):
+            raise ValueError(
+                f"mpirun started {mpi_size} ranks, but the environment sets WORLD_SIZE={env['WORLD_SIZE']}: unset"
+                f" {', '.join(_ENVIRONMENT)}"
+            )
         return {name: env[name] for name in _ENVIRONMENT}
+    if mpi_size > 1:
+        return _ask_mpi(env)
     if int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in env:
         if not env.get("MASTER_ADDR") or not env.get("MASTER_PORT"):
             raise ValueError(
@@ -145,7 +154,7 @@ def find_rank(env: Mapping[str, str]) -> dict[str, str] | None:
             "MASTER_ADDR": env["MASTER_ADDR"],
             "MASTER_PORT": env["MASTER_PORT"],
         }
-    if any(int(env.get(name) or 1) > 1 for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")):
+    if int(env.get("PMI_SIZE") or 1) > 1:
         return _ask_mpi(env)
     if "RANK" in given or "WORLD_SIZE" in given:
         missing = ", ".join(name for name in _ENVIRONMENT if name not in given)
@@ -161,6 +170,7 @@ def join(timeout_seconds: float) -> World:
     Raises ValueError (see `find_rank`) or, when the others don't come in time, torch's distributed error.
     """
     place = find_rank(os.environ)
+    _raise_file_limit()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     local_rank = int(place["LOCAL_RANK"]) if place else 0
@@ -177,7 +187,23 @@ def join(timeout_seconds: float) -> World:
         dist.init_process_group(backend, init_method="env://", timeout=timeout)
     os.environ.update(place)
     control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device, socket.gethostname(), control)
+    world = World(dist.get_rank(), dist.get_world_size(), local_rank, device, socket.gethostname(), control)
+    if device.type == "cpu" and world.size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        _share_cores(world)
+    return world
+
+
+def _raise_file_limit() -> None:
+    """gloo opens three sockets for each other rank: with the usual limit a few hundred ranks could not start."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _share_cores(world: World) -> None:
+    """Without it every rank would start a thread on each core of its host."""
+    ranks_here = world.gather(world.host).count(world.host)
+    if len(os.sched_getaffinity(0)) == os.cpu_count():  # else somebody has shared them out already
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
 
 
 def leave(world: World) -> None:
@@ -219,7 +245,13 @@ def _ask_mpi(env: Mapping[str, str]) -> dict[str, str]:
 def _own_address() -> str:
     """An address of this host that other hosts can reach, or the loopback one when it has no other."""
     try:
-        return socket.gethostbyname(socket.getfqdn())
+        address = socket.gethostbyname(socket.getfqdn())
+        if not address.startswith("127."):
+            return address
+        # Debian calls the host's own name 127.0.1.1: ask where a packet to elsewhere would start (none is sent).
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))
+            return probe.getsockname()[0]
     except OSError:
         return "127.0.0.1"
 

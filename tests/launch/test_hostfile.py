@@ -57,7 +57,8 @@ def test_pulled_cable_ends_the_job_and_plugged_in_again_it_goes_on(
             wait_until(lambda: not alive(ranks), "the end of the ranks of both hosts", log.read_text)
         finally:
             hosts.cable(plugged=True)
-    assert "[rank 0 on host-0]" in log.read_text()
+    assert "[rank 0 on host-0] ranks that do not answer" in log.read_text()
+    assert "no progress for 12 s" in log.read_text()
     saved = run.checkpoints()[-1]
     assert saved < run.updates
     assert finish(command, run, log, env) == 0, log.read_text()

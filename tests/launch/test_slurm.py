@@ -96,6 +96,26 @@ def test_killed_tasks_end_the_job_and_faults_are_not_requeued_for_ever(
     assert not list(tmp_path.glob("*.faults"))
 
 
+def test_requeued_and_cancelled_by_hand(cluster: SlurmCluster, store: Path, tmp_path: Path) -> None:
+    run = TinyRun(tmp_path, store, updates=100_000)
+    job = Job(cluster, run)
+    job.two_ranks(after=0)
+    cluster.run("scontrol", "requeue", str(job.number))
+    job.is_back_in_the_queue(restarts=1)
+    job.two_ranks(after=run.update())
+    cluster.run("scancel", str(job.number))
+    wait_until(lambda: cluster.job(job.number)["JobState"] == "CANCELLED", "CANCELLED", job.said)
+    wait_until(lambda: run.checkpoints()[-1] == run.update(), "a checkpoint of the last update", job.said)
+
+
+def test_a_mistake_is_not_tried_again(cluster: SlurmCluster, store: Path, tmp_path: Path) -> None:
+    run = TinyRun(tmp_path, store)
+    run.arguments += ["--data.lanes", "7"]
+    job = Job(cluster, run)
+    job.wait_for_state("FAILED", restarts=0)
+    assert job.said().count("data.lanes 7 cannot be shared by 2 ranks") == 1
+
+
 def test_array_is_a_chain(cluster: SlurmCluster, store: Path, plain: TinyRun, tmp_path: Path) -> None:
     """Without requeue: the first job of the array stops on request, the second goes on to the end."""
     run = TinyRun(tmp_path, store)

@@ -142,6 +142,14 @@ def test_policies_may_not_set_what_the_run_owns(tmp_path: Path):
         read_policy(str(file))
     text = str(caught.value)
     assert "'bf16' belongs to train.precision" in text and "'gradient_clipping' belongs to optim.clip" in text
+    file.write_text(json.dumps({"zero_optimisation": {"stage": 2}, "steps_per_print": 1}))
+    with pytest.raises(ConfigError) as caught:
+        read_policy(str(file))
+    assert "'zero_optimisation' is no key of a policy; choose out of zero_optimization" in str(caught.value)
+    assert "'steps_per_print' belongs to run.log_every" in str(caught.value)
+    file.write_text(json.dumps({"zero_optimization": 2}))
+    with pytest.raises(ConfigError, match="must be an object"):
+        read_policy(str(file))
     file.write_text("[")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         read_policy(str(file))
@@ -153,3 +161,38 @@ def test_divisors():
     assert divisors(1) == [1]
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
     assert divisors(49) == [1, 7, 49]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_must_be_finite(value: str):
+    with pytest.raises(ConfigError, match=r"optim.lr: .*finite"):
+        parse_train(["--data.path", "x", "--optim.lr", value])
+    with pytest.raises(ConfigError, match=r"data.weights.0: .*finite"):
+        parse_train(["--data.path", "x", "y", "--data.weights", value, "1"])
+
+
+def test_an_empty_group_takes_its_defaults(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("model:\ndata: {path: x}\n")
+    assert parse_train(["--config", str(tmp_path / "a.yaml")]).model.num_slots == 20
+
+
+@pytest.mark.parametrize("name", ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"])
+def test_only_the_first_rank_speaks_of_a_mistake(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv(name, "1")
+    assert main(["train", "--data.path", "x", "--optim.lr", "-1"]) == 2
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--no-such-option"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(name, "0")
+    assert main(["train", "--data.path", "x", "--optim.lr", "-1"]) == 2
+    assert "optim.lr" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "metrics.jsonl").write_text('{"update": 1, "tokens": 2, "loss": 0.5}\n')
+    assert main(["plot", str(tmp_path), "--out", str(tmp_path / "none/loss.png")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "none/loss.png: No such file or directory" in error

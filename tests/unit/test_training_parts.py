@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from gptb_ds.config import ConfigError, OptimConfig
+from gptb_ds.training import world
 from gptb_ds.training.faults import report
 from gptb_ds.training.metrics import MetricsLog, Progress, read_metrics
 from gptb_ds.training.preemption import SIGNALS, StopRequests, slurm_continues, slurm_end
@@ -125,6 +127,39 @@ def test_how_ranks_are_found():
         find_rank(STEP)
     with pytest.raises(ValueError, match="sets RANK but not WORLD_SIZE"):
         find_rank({"RANK": "0"})
+    # mpirun inside a Slurm allocation: its daemons' place in Slurm is not ours.
+    with pytest.raises(ValueError, match="mpirun started 8 ranks, but the environment sets WORLD_SIZE=4"):
+        find_rank(TORCH | {"OMPI_COMM_WORLD_SIZE": "8"})
+
+
+def test_mpi_is_asked_before_slurm(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(world, "_ask_mpi", lambda env: {"RANK": "asked"})
+    inside_slurm = STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+    assert find_rank(inside_slurm | {"OMPI_COMM_WORLD_SIZE": "24"}) == {"RANK": "asked"}
+    assert find_rank({"PMI_SIZE": "2"}) == {"RANK": "asked"}
+    assert find_rank(inside_slurm | {"PMI_SIZE": "4"}) == TORCH
+
+
+def test_the_address_for_other_hosts_is_not_the_loopback_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.1.2.3")
+    assert world._own_address() == "10.1.2.3"
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")  # Debian's /etc/hosts
+    monkeypatch.setattr(socket, "socket", lambda *_: Probe())
+    assert world._own_address() == "10.4.5.6"
+
+
+class Probe:
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def connect(self, address: tuple[str, int]) -> None:
+        pass
+
+    def getsockname(self) -> tuple[str, int]:
+        return "10.4.5.6", 1
 
 
 def test_random_streams_are_independent():
