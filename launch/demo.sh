@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole of GPTB-DS in a few minutes, from nothing but Python 3.11, a compiler and git: prepares the standard library's
+# The whole of GPTB-DS in a few minutes, from nothing but Python 3.11 and git: prepares the standard library's
 # sources, trains a recurrent transformer on them with DeepSpeed (2 CPU ranks, or all GPUs), evaluates it, draws the loss
 # curve and prints text that the model generates. Run again, it continues, or says that it is done.
 # Arguments are handed on to `gptb-ds train`, e.g. `bash launch/demo.sh --train.updates 10000`.

@@ -27,7 +27,7 @@ from typing_extensions import TypedDict  # typing's is not enough for pydantic b
 from gptb_ds.files import sha256_of
 from gptb_ds.training.world import World
 
-FORMAT = 1
+FORMAT = 2
 _FOLDER = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"((model|optimizer)-[\w.-]+|(lanes|rng)-\d+-\d+)\.safetensors")
 

@@ -37,13 +37,19 @@ class MetricsLog:
         """Whether there are lines that the disk did not take."""
         return bool(self._unwritten)
 
-    def cut_after(self, update: int) -> None:
-        """Drops the lines of later updates: training goes on from there and will write them again."""
+    def cut_after(self, update: int, evaluated: bool = True) -> None:
+        """Drops the lines of later updates: training goes on from there and will write them again.
+
+        Not `evaluated`: this update's evaluation as well.
+        """
         kept: list[str] = []
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
                 # A killed run may leave half a line at the end.
-                if line.endswith("\n") and _parse(line, self.path, len(kept) + 1)["update"] <= update:
+                if not line.endswith("\n"):
+                    break
+                values = _parse(line, self.path, len(kept) + 1)
+                if values["update"] < update or (values["update"] == update and (evaluated or "loss" in values)):
                     kept.append(line)
         self.close()
         replace_file(self.path, "".join(kept).encode())

@@ -72,8 +72,9 @@ def train(config: Config, stop: StopRequests) -> int:
         code = _run(trainer, folder, world)
         if code == STOPPED:
             stop.ignore_more()
-        leave(world)
+        world.barrier()
         watchdog.stop()
+        leave()
         return code
     except (TrainingError, SaveError) as error:
         _speak(error, world, alone=world.rank == 0)
@@ -153,9 +154,7 @@ def _set_up(
     if kept:
         say(f"what this run had saved beyond that is now in {kept}")
     if trainer.log:
-        if checkpoint is not None:
-            _bring_metrics(checkpoint.parent.parent, folder.path)
-        trainer.log.cut_after(trainer.at.update if checkpoint is not None else -1)
+        _prepare_folder(trainer, trainer.log, checkpoint)
         replace_file(folder.path / "config.yaml", save_config(config).encode())
         inputs.tokenizer.save_pretrained(folder.path / "tokenizer")
     say(_headline(config, world, engine, trainer.at.update))
@@ -165,10 +164,15 @@ def _set_up(
     return trainer, folder
 
 
-def _bring_metrics(source: Path, run: Path) -> None:
-    """A checkpoint of another run brings that run's metrics with it."""
-    if source.resolve() != run.resolve() and (source / "metrics.jsonl").is_file():
-        replace_file(run / "metrics.jsonl", (source / "metrics.jsonl").read_bytes())
+def _prepare_folder(trainer: Trainer, log: MetricsLog, checkpoint: Path | None) -> None:
+    """The metrics end where training begins; a checkpoint of another run brings that run's metrics with it."""
+    if checkpoint is None:
+        log.cut_after(-1)
+        return
+    source = checkpoint.parent.parent / log.path.name
+    if source.is_file() and source.resolve() != log.path.resolve():
+        replace_file(log.path, source.read_bytes())
+    log.cut_after(trainer.at.update, evaluated=not trainer.at.evaluation_due)
 
 
 def _run(trainer: Trainer, folder: RunFolder, world: World) -> int:
@@ -293,7 +297,7 @@ def _choose_checkpoint(
     world.on_first(_must_exist, found)
     step = verify_together(found, world, watchdog.renew).step
     own = world.from_first(found.resolve().parent.parent == run.resolve())
-    return found, [p for p in folders if not own or int(p.name.split("-")[1]) > step]
+    return found, [p for p in folders if int(p.name.split("-")[1]) > step] if own else everything
 
 
 def _must_exist(checkpoint: Path) -> None:

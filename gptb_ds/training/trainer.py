@@ -124,7 +124,8 @@ class Trainer:
                 )
         if self.progress:
             self.progress.close()
-        return reason if self.at.update < self.train.updates else None
+        finished = self.at.update >= self.train.updates and not self.at.evaluation_due
+        return None if finished else reason
 
     def _update(self, window: Window, lr: float) -> UpdateResult:
         """One window through the engine; afterwards `states` and the counters stand at its edge."""

@@ -43,10 +43,12 @@ class Watchdog:
         self._stage, self._since = stage, time.monotonic()
 
     def stop(self) -> None:
-        """Ends the watch. A watchdog that is ending this rank already is left to it: it knows best what is wrong."""
+        """Ends the watch. A watchdog that is ending this rank already is left to it: it knows best what is wrong.
+
+        Its thread is gone afterwards: one that lets its group go while the process ends would crash it.
+        """
         self._ended.set()
-        if self._ending.is_set():
-            self._thread.join()
+        self._thread.join()
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._limit / 4)):

@@ -61,7 +61,8 @@ def _rank(rank: int, size: int, port: int, results: Any, function: Callable[...,
     try:
         world = join(60)
         answer = function(world, *args)
-        leave(world)
+        world.barrier()
+        leave()
         # Plain bytes: tensors in a queue would be shared memory that ends with this process.
         results.put((rank, None, pickle.dumps(answer)))
     except BaseException:

@@ -109,14 +109,16 @@ def test_a_stop_inside_an_evaluation_is_heard_there(store, tmp_path: Path, monke
     train(tmp_path / "straight", store, **options)
     assert '"eval_loss"' in metrics(tmp_path / "straight")[6]
     run = tmp_path / "stopped"
-    with monkeypatch.context() as patch:
-        patch.setattr(tests.training_runs, "main_of_a_rank", _main_with_slow_evaluation)
-        job = start(run, store, **options)
-        _wait_for_lines(run, 6)  # the first evaluation and 5 updates: the second one is under way
-        job.signal(signal.SIGTERM, 1)
-        assert job.wait() == [85, 85], job.text()
-    assert "stopped after update 5" in job.text(0)
-    assert len(metrics(run)) == 6, "the evaluation was broken off"
-    train(run, store, **options)
-    assert metrics(run) == metrics(tmp_path / "straight")
+    for update, lines in ((5, 6), (12, 15)):
+        with monkeypatch.context() as patch:
+            patch.setattr(tests.training_runs, "main_of_a_rank", _main_with_slow_evaluation)
+            job = start(run, store, **options)
+            _wait_for_lines(run, lines)  # the evaluation after this update is under way
+            job.signal(signal.SIGTERM, 1)
+            assert job.wait() == [85, 85], job.text()
+        assert f"stopped after update {update}" in job.text(0)
+        assert len(metrics(run)) == lines, "the evaluation was broken off"
+    for _ in range(2):  # a finished run that is started again evaluates again, and says the same
+        train(run, store, **options)
+        assert metrics(run) == metrics(tmp_path / "straight")
     assert file_checksums(run, 12) == file_checksums(tmp_path / "straight", 12)

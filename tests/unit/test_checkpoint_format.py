@@ -226,7 +226,7 @@ def forge_tensors(folder: Path, kind: str, **tensors: torch.Tensor | None) -> No
         ({"files": {"lanes-a-b.safetensors": {"bytes": 0, "sha256": ""}}}, "which is no file of a checkpoint"),
         ({"identity": []}, "identity: Input should be a valid dictionary"),
         ({"surprise": 1}, "surprise"),
-        ({"format": 2}, "format 2, this version reads 1"),
+        ({"format": 9}, "format 9, this version reads 2"),
     ],
 )
 def test_a_forged_manifest_is_refused_in_one_line(tmp_path: Path, changes: dict, words: str):
