@@ -179,6 +179,14 @@ def rewind(run: Path, copy: Path, step: int) -> Path:
     return copy
 
 
+def flip_a_byte(folder: Path) -> None:
+    """Damages a checkpoint: one byte of its weights differs."""
+    file = next(folder.glob("model-*"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def write_corpus(folder: Path, documents: int = 60, seed: int = 3) -> Path:
     """Small text files of very different lengths."""
     folder.mkdir(parents=True, exist_ok=True)

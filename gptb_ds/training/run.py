@@ -24,20 +24,14 @@ from gptb_ds.files import replace_file
 from gptb_ds.generation import generate
 from gptb_ds.model.configuration import warn_if_memoryless
 from gptb_ds.model.modeling import INHERITED, GPTBLMHeadModel, warm_start
-from gptb_ds.training.checkpoint import (
-    CheckpointReader,
-    changed_settings,
-    check_identity,
-    checkpoint_folders,
-    newest_good,
-    verify_together,
-)
+from gptb_ds.training.checkpoint import CheckpointReader, changed_settings, check_identity
+from gptb_ds.training.choice import choose_checkpoint
 from gptb_ds.training.engine import Engine, check_policy
 from gptb_ds.training.faults import report
 from gptb_ds.training.metrics import MetricsLog
 from gptb_ds.training.objective import WindowObjective
 from gptb_ds.training.policy import offload_devices, read_policy, zero_stage
-from gptb_ds.training.preemption import STOPPED, StopRequests, slurm_continues
+from gptb_ds.training.preemption import STOPPED, StopRequests
 from gptb_ds.training.run_folder import RunFolder
 from gptb_ds.training.saver import SaveError
 from gptb_ds.training.trainer import Plan, Trainer, TrainingError
@@ -110,7 +104,7 @@ def _set_up(
         folder.path / "stop" if world.rank == 0 else None, config.run.max_seconds, started, config.run.stop_margin
     )
     plan = inputs.plan
-    checkpoint, superseded = _choose_checkpoint(config.run.resume, world, folder.path, watchdog, say)
+    checkpoint, superseded = choose_checkpoint(config.run.resume, folder.path, world, watchdog.renew, say)
     reader = None
     if checkpoint is not None:
         reader = world.together(CheckpointReader, checkpoint)
@@ -270,39 +264,6 @@ def _check_lanes(config: Config, world: World) -> None:
             f"data.lanes {lanes} cannot be shared by {world.size} ranks with train.lane_groups {groups}: use"
             f" {' or '.join(map(str, each))} ranks, or a multiple of {world.size * groups} as data.lanes"
         )
-
-
-def _choose_checkpoint(
-    resume: str, world: World, run: Path, watchdog: Watchdog, say: Say
-) -> tuple[Path | None, list[Path]]:
-    """The checkpoint to continue from, and what of the run the choice leaves behind: to be set aside, not deleted.
-
-    Raises ValueError when `resume` names no good checkpoint.
-    """
-    folders = world.on_first(checkpoint_folders, run)
-    everything = [run / "checkpoints", run / "metrics.jsonl", run / "config.yaml"]
-    if resume != "auto" and slurm_continues(os.environ):
-        say(f"this job has run before: --run.resume {resume} was for its first start, now it is auto")
-        resume = "auto"
-    if resume == "never":
-        return None, everything
-    if resume == "auto":
-        found, passed_over = newest_good(run, world, watchdog.renew)
-        for line in passed_over.values():
-            say(f"passed over {line}")
-        # A save that was interrupted leaves nothing of worth; what once was a checkpoint is kept, out of the way.
-        damaged = [folder for folder in passed_over if (folder / "manifest.json").exists()]
-        return found, damaged if found or not damaged else everything
-    found = Path(resume)
-    world.on_first(_must_exist, found)
-    step = verify_together(found, world, watchdog.renew).step
-    own = world.from_first(found.resolve().parent.parent == run.resolve())
-    return found, [p for p in folders if int(p.name.split("-")[1]) > step] if own else everything
-
-
-def _must_exist(checkpoint: Path) -> None:
-    if not checkpoint.is_dir():
-        raise ConfigError(f"run.resume {checkpoint}: no such folder; give auto, never or a checkpoint's folder")
 
 
 def _empty_state(config: Config, lanes: int, engine: Engine) -> torch.Tensor:

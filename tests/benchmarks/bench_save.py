@@ -102,7 +102,8 @@ def timed(function) -> float:
 
 
 def _manifest(step: int, args: argparse.Namespace) -> Manifest:
-    return Manifest(step, 0, None, 1, args.stage, args.lanes, args.window, {}, {}, {}, {})
+    progress = {"adam_steps": step, "skipped": 0, "bad_in_row": 0, "evaluation_due": False, "scaler": {}}
+    return Manifest(step, 0, None, 1, args.stage, args.lanes, args.window, {}, {}, progress, {})
 
 
 if __name__ == "__main__":

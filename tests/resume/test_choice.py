@@ -11,23 +11,9 @@ import pytest
 import tests.training_runs
 from gptb_ds.export import load_any
 from gptb_ds.training.checkpoint import Manifest, checkpoint_folder, checkpoint_folders, read_manifest, verify
-from tests.training_runs import losses, metrics, rewind, train, with_environment
+from tests.training_runs import flip_a_byte, losses, metrics, rewind, train, with_environment
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def straight(store, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "straight"
-    train(run, store, ranks=2)
-    return run
-
-
-def flip(folder: Path) -> None:
-    file = next(folder.glob("model-*"))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def files_of(run: Path) -> dict[str, bytes]:
@@ -40,7 +26,7 @@ def steps(run: Path) -> list[int]:
 
 def test_a_damaged_newer_checkpoint_never_pushes_out_good_ones(straight: Path, store: Path, tmp_path: Path):
     run = rewind(straight, tmp_path / "run", 12)
-    flip(checkpoint_folder(run, 12))
+    flip_a_byte(checkpoint_folder(run, 12))
     options = {"ranks": 2, "run__keep": 1, "run__save_every": 5, "train__updates": 11}
     job = train(run, store, **options)
     assert "passed over" in job.text(0) and "is now in" in job.text(0)
@@ -114,7 +100,7 @@ def test_checkpoints_that_only_a_newer_version_reads_are_no_damage(straight: Pat
 def test_when_no_checkpoint_is_good_all_are_kept_aside(straight: Path, store: Path, tmp_path: Path):
     run = rewind(straight, tmp_path / "run", 8)
     for folder in checkpoint_folders(run):
-        flip(folder)
+        flip_a_byte(folder)
     train(run, store, ranks=2, run__keep=1)
     assert metrics(run) == metrics(straight)
     assert steps(run / "previous-001") == [8, 4]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptb_ds.training.checkpoint import CheckpointError, checkpoint_folder, checkpoint_folders, verify
-from tests.training_runs import file_checksums, losses, metrics, rewind, start, train
+from tests.training_runs import file_checksums, flip_a_byte, losses, metrics, rewind, start, train
 
 KILLS = 30
 # Wide enough that writing a checkpoint takes a while: kills are to fall into it.
@@ -74,13 +74,6 @@ def _kill_somewhere(job, run: Path, chooser: random.Random, aim_at_save: bool) -
     return None
 
 
-@pytest.fixture(scope="module")
-def straight(store, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "straight"
-    train(run, store, ranks=2)
-    return run
-
-
 def _truncate(folder: Path) -> str:
     file = next(folder.glob("optimizer-*"))
     file.write_bytes(file.read_bytes()[:100])
@@ -88,10 +81,7 @@ def _truncate(folder: Path) -> str:
 
 
 def _flip(folder: Path) -> str:
-    file = next(folder.glob("model-*"))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    flip_a_byte(folder)
     return "was altered"
 
 

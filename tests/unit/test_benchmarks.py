@@ -1,0 +1,44 @@
+"""Owns the claim that the benchmarks still run; what they measure is for those who read it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data_stores import numbered_documents, write_store
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALL = {
+    "bench_save": [
+        "--n-embd",
+        "64",
+        "--n-layer",
+        "1",
+        "--lanes",
+        "4",
+        "--window",
+        "2",
+        "--vocab",
+        "99",
+        "--rounds",
+        "1",
+    ],
+    "bench_step": ["--lanes", "2", "--window", "2", "--embd", "8", "--heads", "1", "--layers", "1", "--no-compile"],
+    "bench_collator": ["--lanes", "4", "--window", "4", "--seconds", "0.01"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_benchmark_runs(name: str, tmp_path: Path) -> None:
+    arguments = list(SMALL[name])
+    if name == "bench_collator":
+        arguments += ["--store", str(write_store(tmp_path, numbered_documents([50] * 40)))]
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d x |x\d|times as fast", done.stdout), "a ratio"
