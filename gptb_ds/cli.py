@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from gptb_ds.config import Config, Group, load_config
@@ -124,7 +125,10 @@ def _train(argv: Sequence[str]) -> int:
 def _prepare(argv: Sequence[str]) -> int:
     from gptb_ds.data.prepare import add_prepare_arguments, run_prepare
 
-    return run_prepare(_parser("prepare", add_prepare_arguments, "Make a store of documents.").parse_args(argv))
+    args = _parser("prepare", add_prepare_arguments, "Make a store of documents.").parse_args(argv)
+    if (Path(args.tokenizer) / "config.json").is_file():
+        import gptb_ds.model  # noqa: F401  (a model's folder: transformers asks who can read its configuration)
+    return run_prepare(args)
 
 
 def _evaluate(argv: Sequence[str]) -> int:
