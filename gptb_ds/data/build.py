@@ -83,11 +83,16 @@ def _processes(data: Any) -> int:
     return (os.cpu_count() or 1) if data.data.nbytes >= _PARALLEL_FROM else 1
 
 
+def _batch_size(data: Any) -> int:
+    """Records of a batch: few when they are large, so that memory holds a batch whatever they are."""
+    return max(1, min(_BATCH, _BATCH_BYTES * len(data) // max(1, data.data.nbytes)))
+
+
 def _encode(data: Any, encoder: Encoder, processes: int, cache: Path) -> Any:
     import datasets
 
     cache.parent.mkdir(exist_ok=True)
-    batch = max(1, min(_BATCH, _BATCH_BYTES * len(data) // max(1, data.data.nbytes)))
+    batch = _batch_size(data)
     value = datasets.Value
     columns = {
         "tokens": value("large_binary"),
@@ -115,9 +120,10 @@ def _encode(data: Any, encoder: Encoder, processes: int, cache: Path) -> Any:
 def _training_texts(sources: list[Source], raw: list[Any], fields: Fields, holdout: float) -> Iterator[str]:
     """The texts that a tokenizer may be trained on: not those held out."""
     for source, data in zip(sources, raw, strict=True):
-        for first in range(0, len(data), _BATCH):
-            batch = data[first : first + _BATCH]
-            indices = list(range(first, min(first + _BATCH, len(data))))
+        size = _batch_size(data)
+        for first in range(0, len(data), size):
+            batch = data[first : first + size]
+            indices = list(range(first, min(first + size, len(data))))
             for document in read_documents(batch, indices, fields, source.name):
                 if not document.error and held_out_key(document.content()) >= holdout * _KEYS:
                     yield document.prompt

@@ -174,14 +174,16 @@ def _existing(out: Path, recipe: str, overwrite: bool) -> dict[str, Any] | None:
         raise ValueError(
             f"--out {out}: exists and is not a whole document store; choose another folder or remove it"
         ) from None
-    named = {out / name for name in (*manifest["files"], "store.json")}
-    foreign = sorted(p for p in out.rglob("*") if p.is_file() and p not in named)
     whole = all((out / n).is_file() and (out / n).stat().st_size == f["size"] for n, f in manifest["files"].items())
     if manifest["recipe"] == recipe and whole:
         return manifest
-    if overwrite and foreign:
-        raise ValueError(f"--out {out}: has files that are not the store's, such as {foreign[0]}; move them away first")
     if overwrite:
+        named = {out / name for name in (*manifest["files"], "store.json")}
+        foreign = sorted(p for p in out.rglob("*") if p.is_file() and p not in named)
+        if foreign:
+            raise ValueError(
+                f"--out {out}: has files that are not the store's, such as {foreign[0]}; move them away first"
+            )
         return None
     reason = "was made from other inputs or options" if whole else "is damaged"
     raise ValueError(f"--out {out}: the store there {reason}; choose another folder or add --overwrite")

@@ -47,7 +47,7 @@ class FileFacts(TypedDict):
     sha256: str
 
 
-class Progress(TypedDict):
+class ProgressFacts(TypedDict):
     """Where training stands beside its tensors; `evaluation_due`: a request to stop kept this update's evaluation."""
 
     adam_steps: int
@@ -70,7 +70,7 @@ class Manifest:
     window: PositiveInt
     identity: dict[str, Any]
     setting: dict[str, Any]
-    progress: Progress
+    progress: ProgressFacts
     versions: dict[str, str]
     files: dict[str, FileFacts] = field(default_factory=dict)
     format: int = FORMAT

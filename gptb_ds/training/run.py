@@ -57,7 +57,8 @@ def train(config: Config, stop: StopRequests) -> int:
     except (ValueError, OSError) as error:
         if world.size == 1 and isinstance(error, ValueError):
             raise
-        _speak(error, world, alone=world.rank == 0 or not is_shared(error))
+        if world.rank == 0 or not is_shared(error):
+            _speak(error, world)
         return _end(USAGE if isinstance(error, ValueError) else FAULT)
     except BaseException as error:
         report(error, world)
@@ -71,15 +72,16 @@ def train(config: Config, stop: StopRequests) -> int:
         leave()
         return code
     except (TrainingError, SaveError) as error:
-        _speak(error, world, alone=world.rank == 0)
+        if world.rank == 0:  # all ranks raise these
+            _speak(error, world)
     except BaseException as error:
         report(error, world)
     return _end(FAULT)
 
 
-def _speak(error: Exception, world: World, alone: bool) -> None:
+def _speak(error: Exception, world: World) -> None:
     me = "gptb-ds train:" if world.rank == 0 else f"[rank {world.rank} on {world.host}]"
-    for line in str(error).splitlines() if alone else ():
+    for line in str(error).splitlines():
         print(f"{me} {line}", file=sys.stderr)
 
 
