@@ -1,4 +1,4 @@
-"""Owns the run's configuration: its keys, their defaults, and every check that one value makes on another."""
+"""The run's configuration: its keys, their defaults, and every check that one value makes on another."""
 
 from __future__ import annotations
 
@@ -149,6 +149,16 @@ class Config(Group):
         if errors:
             raise ValueError("\n".join(errors))
         return self
+
+
+def below_one(options: object, *names: str) -> list[str]:
+    """A line for each of these options of a verb that was given and is below 1."""
+    values = [(name, getattr(options, name)) for name in names]
+    return [
+        f"--{name.replace('_', '-')} {value}: must be at least 1"
+        for name, value in values
+        if value is not None and value < 1
+    ]
 
 
 def divisors(n: int) -> list[int]:

@@ -1,8 +1,7 @@
-"""Owns the look at this machine: what a bug report needs, and each thing that is wrong in one line with its remedy."""
+"""A look at this machine: what a bug report needs, and each thing that is wrong in one line with its remedy."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import platform
@@ -47,24 +46,6 @@ class Finding:
     level: Literal["ok", "note", "bad"]
     name: str
     text: str
-
-
-def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `gptb-ds doctor`."""
-    parser.add_argument("--data", nargs="+", default=[], metavar="STORE", help="stores that a run would read")
-    parser.add_argument("--run", metavar="FOLDER", help="folder that a run would write")
-
-
-def run_doctor(args: argparse.Namespace) -> int:
-    """Prints the report; 0 when this machine can train, 1 when something that training needs is wrong."""
-    bad = []
-    for finding in examine(args.data, args.run):
-        mark = {"ok": "  ", "note": "- ", "bad": "! "}[finding.level]
-        print(f"{mark}{finding.name:<13} {finding.text}", flush=True)
-        if finding.level == "bad":
-            bad.append(finding.name)
-    print(f"wrong: {', '.join(bad)}" if bad else "ready to train")
-    return 1 if bad else 0
 
 
 def examine(stores: list[str], run: str | None) -> Iterator[Finding]:

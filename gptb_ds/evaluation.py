@@ -1,24 +1,23 @@
-"""Owns evaluation: held-out loss and bits per byte, each document read once from its start.
+"""Evaluation: held-out loss and bits per byte, each document read once from its start.
 
 Axes: B lanes of this rank, K steps, S slots, E embedding.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from gptb_ds.arguments import below_one
+from gptb_ds.config import below_one
 from gptb_ds.data.collator import Window, held_out_windows
-from gptb_ds.data.mixture import bytes_per_target, open_corpus
+from gptb_ds.data.corpus import bytes_per_target, open_corpus
 from gptb_ds.data.tokenization import describe, fingerprint
-from gptb_ds.training.objective import WindowObjective
-from gptb_ds.training.world import World
+from gptb_ds.distributed.world import World
+from gptb_ds.loading import load_any
+from gptb_ds.model.objective import WindowObjective
 
 
 @torch.no_grad()
@@ -52,48 +51,50 @@ def metrics_of(loss: float, target_bytes: float) -> dict[str, float]:
     return {"eval_loss": loss, "eval_bits_per_byte": loss / math.log(2) / target_bytes}
 
 
-def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a run, a checkpoint or an exported folder")
-    parser.add_argument("--data", required=True, nargs="+", metavar="DIR", help="store(s) made by `gptb-ds prepare`")
-    parser.add_argument("--split", default="validation", help="split of the store (default: validation)")
-    parser.add_argument("--lanes", type=int, default=64, help="documents read side by side (default: 64)")
-    parser.add_argument("--window", type=int, default=64, help="columns of one forward pass (default: 64)")
-    parser.add_argument("--max-tokens", type=int, default=None, help="stop after so many tokens (default: all)")
-    parser.add_argument("--max-document-tokens", type=int, default=None, help="cut longer documents into such pieces")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `evaluate` reads, and how: `lanes` documents side by side, in windows of `window` columns."""
+
+    model: str
+    data: Sequence[str]
+    split: str = "validation"
+    lanes: int = 64
+    window: int = 64
+    max_tokens: int | None = None
+    max_document_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if errors := below_one(self, "lanes", "window", "max_tokens", "max_document_tokens"):
+            raise ValueError("\n".join(errors))
 
 
-def run_evaluate(args: argparse.Namespace, load: Callable[[str], tuple[Any, Any]]) -> int:
-    """The verb `evaluate`. Raises ValueError for a model or a store that can't be used."""
-    if errors := below_one(args, "lanes", "window", "max-tokens", "max-document-tokens"):
-        raise ValueError("\n".join(errors))
-    model, tokenizer = load(args.model)
-    corpus = open_corpus(args.data, None, args.split)
+def evaluate(options: EvaluateOptions) -> dict[str, float | int]:
+    """`eval_loss`, `eval_bits_per_byte` and the number of counted `targets` of a model on stores.
+
+    Raises ValueError for a model or a store that can't be used, or that don't belong together.
+    """
+    model, tokenizer = load_any(options.model)
+    corpus = open_corpus(options.data, None, options.split)
     if fingerprint(tokenizer) != corpus.tokenizer_fingerprint:
         raise ValueError(
-            f"--data {' '.join(args.data)}: its tokens are of {corpus.tokenizer}, those of {args.model} of"
+            f"--data {' '.join(options.data)}: its tokens are of {corpus.tokenizer}, those of {options.model} of"
             f" {describe(tokenizer)}; prepare the text with the model's tokenizer"
         )
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    objective = WindowObjective(model.to(world.device)).eval()
+    objective = WindowObjective(model.to(world.device)).eval()  # type: ignore[arg-type]
     state_BSE = torch.zeros(
-        (args.lanes, model.config.num_slots - 1, model.config.n_embd), dtype=model.dtype, device=world.device
+        (options.lanes, model.config.num_slots - 1, model.config.n_embd), dtype=model.dtype, device=world.device
     )
     windows = held_out_windows(
         corpus,
-        lanes=args.lanes,
-        window=args.window,
-        max_tokens=args.max_tokens,
-        max_document_tokens=args.max_document_tokens,
+        lanes=options.lanes,
+        window=options.window,
+        max_tokens=options.max_tokens,
+        max_document_tokens=options.max_document_tokens,
     )
     measured = held_out_loss(objective, windows, state_BSE, world)
     assert measured is not None
     loss, count = measured
     if count == 0:
-        raise ValueError(f"--data {' '.join(args.data)}: split '{args.split}' has no counted target")
-    result = metrics_of(loss, bytes_per_target(corpus.stores, args.max_document_tokens)) | {"targets": int(count)}
-    if args.json:
-        print(json.dumps(result))
-    else:
-        print(f"{int(count):,} targets: loss {loss:.4f} nats, {result['eval_bits_per_byte']:.4f} bits per byte")
-    return 0
+        raise ValueError(f"--data {' '.join(options.data)}: split '{options.split}' has no counted target")
+    return metrics_of(loss, bytes_per_target(corpus.stores, options.max_document_tokens)) | {"targets": int(count)}

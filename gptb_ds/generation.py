@@ -1,19 +1,19 @@
-"""Owns generation: one token a step from a fixed-size state, and its text as it appears.
+"""Generation: one token a step from a fixed-size state, and its text as it appears.
 
 Axes: T prompt tokens, V vocabulary, B = 1 lane.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gptb_ds.data import tokenization
+from gptb_ds.loading import load_any
 from gptb_ds.model import GPTBLMHeadModel
 
 # Prompt tokens read in one call: what a long prompt needs of memory at once.
@@ -157,54 +157,41 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def load_model(path: str) -> tuple[GPTBLMHeadModel, Any]:
-    """Model in eval mode and tokenizer of an exported folder (`save_pretrained` of both).
+@dataclass(frozen=True)
+class GenerateOptions:
+    """What `generate_text` writes: see `generate` for the numbers."""
 
-    Raises ValueError when the folder does not hold them.
-    """
-    from transformers import AutoTokenizer
+    model: str
+    prompt: str = ""
+    max_new_tokens: int = 200
+    temperature: float = 1.0
+    top_k: int | None = None
+    seed: int | None = None
 
+
+def generate_text(options: GenerateOptions) -> Iterator[str]:
+    """The text that follows the prompt, in pieces as they are generated. Raises ValueError for what the user gave."""
+    model, tokenizer = load_any(options.model)
     try:
-        model = GPTBLMHeadModel.from_pretrained(path, local_files_only=True)
-        return model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except OSError as error:
-        raise ValueError(f"{path}: not an exported model: {' '.join(str(error).split())}") from None
-
-
-def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a run, a checkpoint or an exported folder")
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="how the document starts (default: nothing)")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="0 = the likeliest token (default: 1)"
-    )
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest (default: among all)")
-    parser.add_argument("--seed", type=int, metavar="N", help="repeat the same draws (default: unpredictable)")
-
-
-def run_generate(args: argparse.Namespace, load: Callable[[str], tuple[GPTBLMHeadModel, Any]] = load_model) -> int:
-    """Prints the prompt and what follows it, as it is generated. Raises ValueError for what the user gave."""
-    model, tokenizer = load(args.model)
-    try:
-        prompt_ids = tokenization.encode(tokenizer, [args.prompt])[0].tolist()
+        prompt_ids = tokenization.encode(tokenizer, [options.prompt])[0].tolist()
     except UnicodeEncodeError:
         raise ValueError("--prompt is not valid Unicode; check the terminal's encoding (UTF-8)") from None
     tokens = generate(
         model,
         prompt_ids,
-        args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        seed=args.seed,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
         eot_id=tokenization.eot_id(tokenizer),
     )
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
-    print(args.prompt, end="", flush=True)
+    return _text(tokenizer, prompt_ids, tokens)
+
+
+def _text(tokenizer: Any, prompt_ids: list[int], tokens: Iterator[int]) -> Iterator[str]:
     stream = TextStream(tokenizer)
     for token in prompt_ids:
-        stream.push(token)  # left context: it is already on the screen
+        stream.push(token)  # left context: the reader has it already
     for token in tokens:
-        print(stream.push(token), end="", flush=True)
-    print(stream.end())
-    return 0
+        yield stream.push(token)
+    yield stream.end()

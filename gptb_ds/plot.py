@@ -1,9 +1,9 @@
-"""Owns the pictures: loss curves of runs, side by side."""
+"""Pictures: loss curves of runs, side by side."""
 
 from __future__ import annotations
 
-import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,20 +14,13 @@ import matplotlib.pyplot as plt
 from gptb_ds.training.metrics import read_metrics
 
 
-def add_plot_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", help="folders of runs")
-    parser.add_argument(
-        "--out", default="loss.png", metavar="FILE", help="the picture, by its ending (default: loss.png)"
-    )
-
-
-def run_plot(args: argparse.Namespace) -> int:
+def plot_runs(runs: Sequence[str], out: str) -> None:
     """Draws training loss (thin, in bits per token) and held-out bits per byte (dots) over tokens.
 
     Raises ValueError for a folder without metrics, and for an ending that matplotlib can't write.
     """
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for run in args.runs:
+    for run in runs:
         path = Path(run) / "metrics.jsonl"
         if not path.is_file():
             raise ValueError(f"{run}: has no metrics.jsonl; is it the folder of a run (--run.dir)?")
@@ -58,10 +51,8 @@ def run_plot(args: argparse.Namespace) -> int:
     axes.grid(alpha=0.3)
     axes.legend()
     try:
-        figure.savefig(args.out, dpi=120)
+        figure.savefig(out, dpi=120)
     except ValueError as error:
-        raise ValueError(f"--out {args.out}: {error}") from None
+        raise ValueError(f"--out {out}: {error}") from None
     finally:
         plt.close(figure)
-    print(f"wrote {args.out}")
-    return 0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Owns the virtual environment of this checkout: `source launch/setup.sh ""` (or "dev") creates .venv on first use, installs
+# The virtual environment of this checkout: `source launch/setup.sh ""` (or "dev") creates .venv on first use, installs
 # the package with the versions of constraints.txt and puts .venv/bin first on PATH (DeepSpeed looks for ninja there).
 # Re-run, it costs nothing until pyproject.toml or constraints.txt change.
 gptb_ds_setup() {

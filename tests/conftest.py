@@ -1,4 +1,4 @@
-"""Owns the fixtures that several kinds of tests share."""
+"""The fixtures that several kinds of tests share."""
 
 from __future__ import annotations
 

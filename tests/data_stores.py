@@ -1,8 +1,7 @@
-"""Owns small document stores for tests: token ids given by hand, or made by `prepare`, always by the real code."""
+"""Small document stores for tests: token ids given by hand, or made by `prepare`, always by the real code."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gptb_ds.cli import parse
+from gptb_ds.commands.prepare import run
 from gptb_ds.data.documents import DocumentStore, load_tokenizer, open_store
-from gptb_ds.data.prepare import add_prepare_arguments, run_prepare
 from gptb_ds.data.writer import SplitWriter, write_manifest
 
 EOT = 1
@@ -57,9 +57,7 @@ def make_store(folder: Path, documents: Sequence[Sequence[int]], **options: obje
 
 def prepare(*arguments: object) -> int:
     """`gptb-ds prepare` with these arguments."""
-    parser = argparse.ArgumentParser()
-    add_prepare_arguments(parser)
-    return run_prepare(parser.parse_args([str(a) for a in arguments]))
+    return run(parse("prepare", [str(a) for a in arguments]))
 
 
 def texts_of(path: Path) -> list[str]:

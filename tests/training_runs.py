@@ -1,4 +1,4 @@
-"""Owns starting `gptb-ds train` on several ranks inside a test: real processes, the real command line, no launcher."""
+"""Starting `gptb-ds train` on several ranks inside a test: real processes, the real command line, no launcher."""
 
 from __future__ import annotations
 

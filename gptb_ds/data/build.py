@@ -1,4 +1,4 @@
-"""Owns the making of a store's content: raw records -> tokens in parallel -> the two splits, with what was left out."""
+"""The making of a store's content: raw records -> tokens in parallel -> the two splits, with what was left out."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gptb_ds.data import tokenization
-from gptb_ds.data.corpus import Reading, Source, open_source
 from gptb_ds.data.documents import SPLITS
 from gptb_ds.data.encoding import Encoder, Fields, held_out_key, read_documents
+from gptb_ds.data.sources import Reading, Source, open_source
 from gptb_ds.data.writer import SplitWriter, write_manifest
 
 _KEYS = 1 << 63

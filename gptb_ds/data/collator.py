@@ -1,4 +1,4 @@
-"""Owns the windows: copies what `lanes` plans from the stores into time-major columns, ahead of the training.
+"""The windows: copies what `lanes` plans from the stores into time-major columns, ahead of the training.
 
 Axes: B lanes of this rank, K steps of a window.
 """
@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
+from gptb_ds.data.corpus import Mixture
 from gptb_ds.data.documents import DocumentStore
 from gptb_ds.data.lanes import Cursor, FixedOrder, Ints, Pieces, Plan, ShuffledOrder, rank_lanes, runs
-from gptb_ds.data.mixture import Mixture
 
 Corpus = DocumentStore | Mixture
 

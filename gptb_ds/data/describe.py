@@ -1,4 +1,4 @@
-"""Owns what `gptb-ds prepare --describe` tells of a store."""
+"""What `gptb-ds prepare --describe` tells of a store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the memory-mapped document store: its layout on disk, how it is checked on opening, and reading it.
+"""The memory-mapped document store: its layout on disk, how it is checked on opening, and reading it.
 
     STORE/store.json                  manifest, written last: counts, size and checksum of every file, fingerprint
     STORE/tokenizer/                  the tokenizer, as transformers saves it
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gptb_ds.files import sha256_of
+from gptb_ds.atomic_files import sha256_of
 
 FORMAT = "gptb-ds store 1"
 SPLITS = ("train", "validation")

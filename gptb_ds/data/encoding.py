@@ -1,4 +1,4 @@
-"""Owns the way from a raw record to a document: its fields, its tokens, which targets count, what is wrong with it.
+"""The way from a raw record to a document: its fields, its tokens, which targets count, what is wrong with it.
 
 Axes: n tokens of a document.
 """

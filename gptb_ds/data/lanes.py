@@ -1,4 +1,4 @@
-"""Owns the order of tokens: which document a lane reads, from where to where, in every column. Pure arithmetic.
+"""The order of tokens: which document a lane reads, from where to where, in every column. Pure arithmetic.
 
 Everything here is a function of (documents, seed, L), never of the number of ranks.
 

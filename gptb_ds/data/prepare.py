@@ -1,23 +1,23 @@
-"""Owns the verb `prepare`: sources -> a tokenised, memory-mapped document store; and `--describe` of one."""
+"""From sources to a tokenised, memory-mapped document store: what is checked, and when a store is up to date."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock
 
-from gptb_ds.arguments import below_one
+from gptb_ds.config import below_one
 from gptb_ds.data import tokenization
 from gptb_ds.data.build import build
-from gptb_ds.data.corpus import Reading, Source, find_sources
-from gptb_ds.data.describe import describe
-from gptb_ds.data.documents import FORMAT, SPLITS, read_manifest, verify
+from gptb_ds.data.documents import FORMAT, SPLITS, read_manifest
 from gptb_ds.data.encoding import Fields
+from gptb_ds.data.sources import Reading, Source, find_sources
 from gptb_ds.data.writer import replacing
 
 # The options that a store's content depends on.
@@ -27,80 +27,63 @@ _CONTENT_OPTIONS = (
 )
 
 
-def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `gptb-ds prepare`."""
-    add = parser.add_argument
-    add(
-        "--source",
-        nargs="+",
-        metavar="PATH_OR_NAME",
-        help="text, .jsonl, .csv, .parquet and .arrow files (.gz, .zst too), folders, globs, a saved or hub data set, "
-        "or stdlib: the Python standard library's own sources, without its tests",
-    )
-    add("--tokenizer", default="bytes", help="bytes, bpe:SIZE (trained on the corpus), a store, a folder or a hub name")
-    add("--out", metavar="DIR", help="folder of the new store")
-    add("--text-field", default="text", help="field of a record that holds its text")
-    add("--prompt-field", help="field of text that is read before it and does not count in the loss")
-    add("--ids-field", help="field of token ids, for tokenised records (input_ids when there are labels or a mask)")
-    add("--labels-field", help="field of labels: the token ids, -100 where a token does not count in the loss")
-    add("--loss-mask-field", help="field of 0 and 1: 1 where a token counts in the loss")
-    add("--separator", help="text that parts the documents inside text files (default: a file is a document)")
-    add("--holdout", type=float, default=0.05, help="share of the documents held out for evaluation (default 0.05)")
-    add("--split", help="split of a data set that is read (default train)")
-    add("--name", help="configuration of a data set")
-    add("--streaming", action="store_true", help="read a data set as a stream instead of downloading it whole")
-    add("--on-error", choices=("stop", "skip"), default="stop", help="at a record that cannot be used (default stop)")
-    add("--num-proc", type=int, help="processes that tokenise (default: all processors from 32 MiB on)")
-    add("--overwrite", action="store_true", help="replace a store at --out that was made from other inputs")
-    add("--describe", metavar="DIR", help="print what a store holds instead of making one")
-    add("--verify", action="store_true", help="with --describe: read the whole store and check every byte")
-    add("--lanes", type=int, help="with --describe: windows an epoch gives with so many lanes")
-    add("--window", type=int, default=16, help="with --describe: columns of a window (default 16)")
-    add("--max-document-tokens", type=int, help="with --describe: longer documents are cut into pieces")
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What goes into a store: the options of `gptb-ds prepare`, whose help explains them.
 
+    Raises ValueError, a line for each error, when they contradict each other.
+    """
 
-def run_prepare(args: argparse.Namespace) -> int:
-    """`gptb-ds prepare`. Returns 0; raises ValueError, a line for each error, for what the user has to change."""
-    if args.describe:
-        if errors := below_one(args, "lanes", "window", "max-document-tokens"):
+    source: Sequence[str]
+    out: str
+    tokenizer: str = "bytes"
+    text_field: str = "text"
+    prompt_field: str | None = None
+    ids_field: str | None = None
+    labels_field: str | None = None
+    loss_mask_field: str | None = None
+    separator: str | None = None
+    holdout: float = 0.05
+    split: str | None = None
+    name: str | None = None
+    streaming: bool = False
+    on_error: Literal["stop", "skip"] = "stop"
+    num_proc: int | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        errors = [f"--{name}: required" for name in ("source", "out") if not getattr(self, name)]
+        if not 0 <= self.holdout < 1:
+            errors.append(f"--holdout {self.holdout}: must be at least 0 and below 1")
+        if self.labels_field and self.loss_mask_field:
+            errors.append("--labels-field and --loss-mask-field: give one of them")
+        if self.prompt_field and (self.ids_field or self.labels_field or self.loss_mask_field):
+            errors.append("--prompt-field: is for text; for tokenised records give --loss-mask-field")
+        if self.separator == "":
+            errors.append("--separator: must not be empty")
+        errors += below_one(self, "num_proc")
+        try:
+            tokenization.check_spec(self.tokenizer)
+        except ValueError as error:
+            errors.append(str(error))
+        if errors:
             raise ValueError("\n".join(errors))
-        if args.verify:
-            verify(args.describe)
-        print(describe(Path(args.describe), args.lanes, args.window, args.max_document_tokens))
-        if args.verify:
-            print("verified: every byte is as it was written")
-        return 0
-    errors = [f"--{name}: required" for name in ("source", "out") if not getattr(args, name)]
-    if not 0 <= args.holdout < 1:
-        errors.append(f"--holdout {args.holdout}: must be at least 0 and below 1")
-    if args.labels_field and args.loss_mask_field:
-        errors.append("--labels-field and --loss-mask-field: give one of them")
-    if args.prompt_field and (args.ids_field or args.labels_field or args.loss_mask_field):
-        errors.append("--prompt-field: is for text; for tokenised records give --loss-mask-field")
-    if args.separator == "":
-        errors.append("--separator: must not be empty")
-    errors += below_one(args, "num-proc")
-    try:
-        tokenization.check_spec(args.tokenizer)
-    except ValueError as error:
-        errors.append(str(error))
-    if errors:
-        raise ValueError("\n".join(errors))
-    prepare(args)
-    return 0
 
 
-def prepare(args: argparse.Namespace) -> dict[str, Any]:
-    """Makes the store of `args` unless it is there already; returns its manifest. Safe to run twice at once."""
-    reading = Reading(args.split, args.name, args.streaming, args.separator)
-    sources = find_sources(args.source, reading)
-    recipe = _recipe(args, sources)
-    out = Path(args.out)
-    _check_place(out, args.source)
+def prepare(options: PrepareOptions, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Makes the store of `options` unless it is there already; returns its manifest. Safe to run twice at once.
+
+    `say` is given what a person should know. Raises ValueError, in one line, for what the user has to change.
+    """
+    reading = Reading(options.split, options.name, options.streaming, options.separator)
+    sources = find_sources(list(options.source), reading)
+    recipe = _recipe(options, sources)
+    out = Path(options.out)
+    _check_place(out, options.source)
     with FileLock(out.parent / f".{out.name}.lock"):
-        manifest = _existing(out, recipe, args.overwrite)
+        manifest = _existing(out, recipe, options.overwrite)
         if manifest is not None:
-            print(f"{out} is up to date: {_summary(manifest)}")
+            say(f"{out} is up to date: {_summary(manifest)}")
             return manifest
         import datasets  # noqa: F401  (seconds: before anything is written that an interruption would have to remove)
 
@@ -109,19 +92,19 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
                 work,
                 sources,
                 reading,
-                _fields(args),
-                tokenizer=args.tokenizer,
-                holdout=args.holdout,
-                stop_on_error=args.on_error == "stop",
-                processes=args.num_proc,
-                facts={"recipe": recipe, "sources": args.source},
+                _fields(options),
+                tokenizer=options.tokenizer,
+                holdout=options.holdout,
+                stop_on_error=options.on_error == "stop",
+                processes=options.num_proc,
+                facts={"recipe": recipe, "sources": list(options.source)},
             )
-    print(f"{out}: {_summary(manifest)}")
+    say(f"{out}: {_summary(manifest)}")
     for kind, count in manifest["skipped"].items():
         if count:
-            print(f"left out: {count} {kind}")
-    for warning in _warnings(manifest, args.holdout):
-        print(f"warning: {warning}")
+            say(f"left out: {count} {kind}")
+    for warning in _warnings(manifest, options.holdout):
+        say(f"warning: {warning}")
     return manifest
 
 
@@ -135,7 +118,7 @@ def _warnings(manifest: dict[str, Any], holdout: float) -> list[str]:
     return []
 
 
-def _check_place(out: Path, sources: list[str]) -> None:
+def _check_place(out: Path, sources: Sequence[str]) -> None:
     """Makes the folder that `out` comes into. Raises ValueError when it can't be written or `out` lies in a source."""
     for source in map(Path, sources):
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
@@ -148,12 +131,12 @@ def _check_place(out: Path, sources: list[str]) -> None:
         raise ValueError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from None
 
 
-def _recipe(args: argparse.Namespace, sources: list[Source]) -> str:
+def _recipe(options: PrepareOptions, sources: list[Source]) -> str:
     """Equal when the same files (path, size, time of change) are prepared with the same options."""
     files = [[source.kind, source.name, [_stamp(file) for file in source.files]] for source in sources]
-    own = tokenization.needs_no_files(args.tokenizer)
-    tokenizer = [] if own else [_stamp(file) for file in sorted(Path(args.tokenizer).rglob("*")) if file.is_file()]
-    content = [FORMAT, files, tokenizer, [getattr(args, name) for name in _CONTENT_OPTIONS]]
+    own = tokenization.needs_no_files(options.tokenizer)
+    tokenizer = [] if own else [_stamp(file) for file in sorted(Path(options.tokenizer).rglob("*")) if file.is_file()]
+    content = [FORMAT, files, tokenizer, [getattr(options, name) for name in _CONTENT_OPTIONS]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
@@ -189,10 +172,10 @@ def _existing(out: Path, recipe: str, overwrite: bool) -> dict[str, Any] | None:
     raise ValueError(f"--out {out}: the store there {reason}; choose another folder or add --overwrite")
 
 
-def _fields(args: argparse.Namespace) -> Fields:
-    masked = args.labels_field or args.loss_mask_field
-    ids = args.ids_field or ("input_ids" if masked else None)
-    return Fields(args.text_field, args.prompt_field, ids, args.labels_field, args.loss_mask_field)
+def _fields(options: PrepareOptions) -> Fields:
+    masked = options.labels_field or options.loss_mask_field
+    ids = options.ids_field or ("input_ids" if masked else None)
+    return Fields(options.text_field, options.prompt_field, ids, options.labels_field, options.loss_mask_field)
 
 
 def _summary(manifest: dict[str, Any]) -> str:

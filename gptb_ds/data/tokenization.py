@@ -1,4 +1,4 @@
-"""Owns tokenizers: the byte tokenizer, any of transformers', and a BPE trained on the corpus."""
+"""Tokenizers: the byte tokenizer, any of transformers', and a BPE trained on the corpus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the writing of a store: token files, then the manifest, in a folder that becomes the store in one rename."""
+"""The writing of a store: token files, then the manifest, in a folder that becomes the store in one rename."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns attention between a handful of slots: which of transformers' kernels runs on which device.
+"""Attention between a handful of slots: which of transformers' kernels runs on which device.
 
 Axes: B lanes, H heads, S slots, D width of a head.
 """

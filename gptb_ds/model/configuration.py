@@ -1,4 +1,4 @@
-"""Owns GPTB's model configuration: GPT-2's keys plus `num_slots` and `rebias`, and the checks on them."""
+"""GPTB's model configuration: GPT-2's keys plus `num_slots` and `rebias`, and the checks on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the GPT-2 backbone of the recurrence and the language model on top of it.
+"""The GPT-2 backbone of the recurrence and the language model on top of it.
 
 Axes: B lanes, T steps of this call, S slots, E embedding, V vocabulary.
 """
@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config
 from transformers.activations import ACT2FN
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedModel
 
-from gptb_ds.model import attention
-from gptb_ds.model.configuration import GPTBConfig, as_gptb_config
-from gptb_ds.model.recurrence import SlotRecurrence
+from . import attention
+from .configuration import GPTBConfig, as_gptb_config
+from .recurrence import SlotRecurrence
 
 # What a run's configuration has no key for: GPT-2's defaults, or what the model of a warm start has.
 INHERITED = (

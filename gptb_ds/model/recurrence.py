@@ -1,4 +1,4 @@
-"""Owns GPTB's recurrence, whatever the backbone: outputs become inputs, one token column a step.
+"""GPTB's recurrence, whatever the backbone: outputs become inputs, one token column a step.
 
 Axes: B lanes, T steps of this call, S slots, E embedding.
 """

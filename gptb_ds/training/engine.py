@@ -1,4 +1,4 @@
-"""Owns DeepSpeed: the only module that imports it. One update, and the fp32 weights and moments by name.
+"""DeepSpeed: the only module that imports it. One update, and the fp32 weights and moments by name.
 
 Axes: B lanes of this rank, K steps, S slots, E embedding.
 """
@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from gptb_ds.config import ConfigError, OptimConfig
+from gptb_ds.distributed.world import World
 from gptb_ds.model.modeling import GPTBLMHeadModel
-from gptb_ds.training.objective import WindowObjective
-from gptb_ds.training.policy import zero_stage
-from gptb_ds.training.world import World
+from gptb_ds.model.objective import WindowObjective
+from gptb_ds.training.deepspeed_policy import zero_stage
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -226,9 +226,9 @@ class Engine:
                 copies |= {id(p): master for p, master in zip(low, high, strict=True)}
         for name, parameter in self._names.items():
             if self.stage == 0:
-                yield name, _WholeMaster(parameter, copies.get(id(parameter), parameter), self._base)
+                yield name, ReplicatedMaster(parameter, copies.get(id(parameter), parameter), self._base)
             else:
-                yield name, _PartitionedMaster(parameter, self.stage)
+                yield name, PartitionedMaster(parameter, self.stage)
 
     def _ensure_moments(self) -> None:
         """Adam makes its moments at the first step; a checkpoint needs them before."""
@@ -261,7 +261,7 @@ class _Master:
         raise NotImplementedError
 
 
-class _WholeMaster(_Master):
+class ReplicatedMaster(_Master):
     """Stage 0: every rank has all of it; in bf16 and fp16 the master is a copy beside the working weight."""
 
     def __init__(self, parameter: nn.Parameter, master: torch.Tensor, base: torch.optim.Optimizer) -> None:
@@ -276,7 +276,7 @@ class _WholeMaster(_Master):
             self.parameter.data.copy_(value)
 
 
-class _PartitionedMaster(_Master):
+class PartitionedMaster(_Master):
     """Stages 1 to 3: the pieces lie on the ranks; DeepSpeed's fragment functions gather and scatter them."""
 
     def __init__(self, parameter: nn.Parameter, stage: int) -> None:

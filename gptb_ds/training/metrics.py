@@ -1,4 +1,4 @@
-"""Owns what a run reports: `metrics.jsonl`, the progress line and DeepSpeed's monitor."""
+"""What a run reports: `metrics.jsonl`, the progress line and DeepSpeed's monitor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gptb_ds.files import replace_file
+from gptb_ds.atomic_files import replace_file
 
 # What a metrics line says about speed: everything else is reproducible to the last digit on the same ranks.
 SPEEDS = frozenset({"tokens_per_second", "wait_fraction"})

@@ -1,4 +1,4 @@
-"""Owns a run's folder: one writer at a time, and nothing already saved is ever lost."""
+"""A run's folder: one writer at a time, and nothing already saved is ever lost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from gptb_ds.config import ConfigError
-from gptb_ds.training.world import World
+from gptb_ds.distributed.world import World
 
 
 class RunFolder:
@@ -23,7 +23,7 @@ class RunFolder:
         self.path, self._world = Path(path), world
         # Without flock it must not pretend: a lock of another kind outlives a killed run.
         self._lock = FileLock(self.path / "lock", fallback_to_soft=False)
-        world.on_first(self._take)
+        world.on_rank0(self._take)
 
     def _take(self) -> None:
         try:
@@ -47,7 +47,7 @@ class RunFolder:
         Copies of the run's metrics, configuration and tokenizer go with them, so that what was moved can be used.
         Every rank calls it; rank 0 moves.
         """
-        return self._world.on_first(self._move, list(paths))
+        return self._world.on_rank0(self._move, list(paths))
 
     def _move(self, paths: list[Path]) -> Path | None:
         present = [path for path in paths if path.exists()]

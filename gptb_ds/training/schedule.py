@@ -1,4 +1,4 @@
-"""Owns the learning rate as a pure function of the update: nothing of it has to be saved."""
+"""The learning rate as a pure function of the update: nothing of it has to be saved."""
 
 from __future__ import annotations
 

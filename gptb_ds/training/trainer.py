@@ -1,4 +1,4 @@
-"""Owns the training loop: next window, update, report, evaluate, save, stop.
+"""The training loop: next window, update, report, evaluate, save, stop.
 
 Axes: B lanes of this rank or group, K steps, S slots, E embedding.
 """
@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 
+from gptb_ds.checkpoint.format import CheckpointError, Manifest
+from gptb_ds.checkpoint.reader import CheckpointReader
+from gptb_ds.checkpoint.writer import CheckpointWriter, SaveError, assign_parameters
 from gptb_ds.config import OptimConfig, RunConfig, TrainConfig
 from gptb_ds.data.collator import Prefetcher, Window
-from gptb_ds.training.checkpoint import CheckpointError, CheckpointReader, Manifest
+from gptb_ds.distributed.watchdog import Watchdog
+from gptb_ds.distributed.world import World, derive_seed
 from gptb_ds.training.engine import Engine, UpdateResult
 from gptb_ds.training.metrics import MetricsLog, Progress
-from gptb_ds.training.preemption import StopRequests
-from gptb_ds.training.saver import SaveError, Saver, assign_parameters
 from gptb_ds.training.schedule import learning_rate
-from gptb_ds.training.watchdog import Watchdog
-from gptb_ds.training.world import World, derive_seed
+from gptb_ds.training.stop_requests import StopRequests
 
 
 class TrainingError(RuntimeError):
@@ -43,7 +44,7 @@ class Plan:
 
 
 @dataclass
-class Progressed:
+class TrainState:
     """Where training stands, after `update` updates."""
 
     update: int = 0
@@ -82,9 +83,9 @@ class Trainer:
         self.plan, self.world, self.engine, self.windows = plan, world, engine, windows
         self.optim, self.train, self.run, self.stop, self.log = optim, train, run, stop, log
         self.watchdog, self.evaluate, self.sample = watchdog, evaluate, sample
-        self.saver = Saver(Path(run.dir), world, run.keep)
+        self.saver = CheckpointWriter(Path(run.dir), world, run.keep)
         self.states = list(state_BSE.to(world.device, engine.dtype).chunk(train.lane_groups))
-        self.at = Progressed()
+        self.at = TrainState()
         self.saved: int | None = None
         self._save_due = False
         torch.manual_seed(derive_seed(train.seed, "dropout", world.rank))
@@ -146,7 +147,7 @@ class Trainer:
             # A state that is not finite would spoil its lane until the next document: it starts anew from zero.
             self.states = [torch.where(torch.isfinite(s).all(-1, keepdim=True), s, 0.0) for s in self.states]
         self.at.loss = result.loss
-        self.watchdog.renew(f"update {self.at.update}")
+        self.watchdog.progress_made(f"update {self.at.update}")
         return result
 
     def _report(self, result: UpdateResult, lr: float, elapsed: float, waited: float) -> None:
@@ -183,7 +184,7 @@ class Trainer:
             return
         measured = self.evaluate(self._goes_on)
         self.at.evaluation_due = measured is None
-        self.watchdog.renew(f"evaluation after update {self.at.update}")
+        self.watchdog.progress_made(f"evaluation after update {self.at.update}")
         if measured is None:
             return
         line = {"update": self.at.update} | measured
@@ -197,8 +198,8 @@ class Trainer:
 
     def _goes_on(self) -> bool:
         """Asked inside an evaluation: no request to stop anywhere."""
-        self.watchdog.renew(f"a window of the evaluation after update {self.at.update}")
-        return not self.world.agree(float(self.stop.pending()))[0]
+        self.watchdog.progress_made(f"a window of the evaluation after update {self.at.update}")
+        return not self.world.max(float(self.stop.pending()))[0]
 
     def _log(self, line: dict[str, Any]) -> None:
         assert self.log is not None
@@ -224,12 +225,12 @@ class Trainer:
             self._save_due = False
             self._finish_save()
             self._begin_save()
-        stop, unwritten = self.world.agree(float(self.stop.pending()), float(not self.saver.written))
+        stop, unwritten = self.world.max(float(self.stop.pending()), float(not self.saver.written))
         if self.saver.busy and not unwritten:
             self._finish_save()
         if not stop:
             return None
-        return next(reason for reason in self.world.gather(self.stop.reason) if reason)
+        return next(reason for reason in self.world.all_gather(self.stop.reason) if reason)
 
     def _due(self, every: int, at_end: bool = False) -> bool:
         if at_end and self.at.update == self.train.updates:
@@ -272,11 +273,11 @@ class Trainer:
             {"state": state, "ordinal": position["ordinal"], "offset": position["offset"]},
             _random_state(self.world.device),
         )
-        self.watchdog.renew(f"save after update {self.at.update}")
+        self.watchdog.progress_made(f"save after update {self.at.update}")
 
     def _sync_and_save(self, *args: Any) -> None:
         try:
-            self.world.on_first(lambda: self.log.sync() if self.log else None)
+            self.world.on_rank0(lambda: self.log.sync() if self.log else None)
         except OSError as error:
             raise SaveError(f"no checkpoint after update {self.at.update}: {error}") from None
         self.saver.begin(*args)
@@ -287,7 +288,7 @@ class Trainer:
             if self._guarded(self.saver.finish):
                 self.saved = step
                 self._say(f"checkpoint after update {step}: {self.saver.folder(step)}")
-            self.watchdog.renew(f"save after update {step}")
+            self.watchdog.progress_made(f"save after update {step}")
 
     def _guarded(self, save: Callable[..., Any], *args: Any) -> bool:
         """Runs a step of saving; when it fails, stops or goes on as `run.on_save_error` says."""
@@ -306,7 +307,7 @@ class Trainer:
         Raises ValueError on all ranks, before anything is changed, when tensors don't fit the model or the lanes.
         """
         manifest = reader.manifest
-        lanes, random_state = self.world.together(self._read, reader)
+        lanes, random_state = self.world.on_all_ranks(self._read, reader)
         progress = manifest.progress
         self.engine.load(lambda kind, name: self._fetch(reader, kind, name), progress["adam_steps"])
         self.engine.load_scaler_state(progress["scaler"])
@@ -341,7 +342,7 @@ class Trainer:
         return lanes, random_state
 
     def _fetch(self, reader: CheckpointReader, kind: str, name: str) -> torch.Tensor:
-        self.watchdog.renew(f"loading {kind} of {name}")
+        self.watchdog.progress_made(f"loading {kind} of {name}")
         return reader.fetch(kind, name)
 
 

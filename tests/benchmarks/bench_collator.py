@@ -26,7 +26,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from gptb_ds.data.collator import LaneCollator
 from gptb_ds.data.documents import DocumentStore, open_store
-from gptb_ds.data.prepare import add_prepare_arguments, run_prepare
+from gptb_ds.data.prepare import PrepareOptions, prepare
 from gptb_ds.data.writer import write_manifest
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
@@ -236,9 +236,7 @@ def main() -> None:
         make_synthetic(Path(args.synthetic))
     elif path is None:
         path = str(Path(tempfile.mkdtemp()) / "stdlib")
-        options = argparse.ArgumentParser()
-        add_prepare_arguments(options)
-        run_prepare(options.parse_args(["--source", "stdlib", "--out", path]))
+        prepare(PrepareOptions(source=["stdlib"], out=path))
     store = open_store(path)
     print(f"{store.num_documents:,} documents, {store.num_tokens:,} tokens; {args.lanes} lanes, window {args.window}")
     command = [sys.executable, __file__, "--store", path, "--lanes", str(args.lanes), "--window", str(args.window)]

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import torch
 
+from gptb_ds.checkpoint.format import Manifest
+from gptb_ds.checkpoint.writer import CheckpointWriter
 from gptb_ds.config import OptimConfig
 from gptb_ds.data.collator import Window
+from gptb_ds.distributed.join import join
 from gptb_ds.model.configuration import GPTBConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
-from gptb_ds.training.checkpoint import Manifest
+from gptb_ds.model.objective import WindowObjective
 from gptb_ds.training.engine import Engine
-from gptb_ds.training.objective import WindowObjective
-from gptb_ds.training.saver import Saver
-from gptb_ds.training.world import join
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         for round_ in range(args.rounds):
-            saver = Saver(Path(folder), world, keep=1)
+            saver = CheckpointWriter(Path(folder), world, keep=1)
             times["update"].append(timed(update))
             begun = time.perf_counter()
             lanes = {"state": state.clone(), "ordinal": torch.zeros(args.lanes), "offset": torch.zeros(args.lanes)}

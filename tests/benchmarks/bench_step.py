@@ -1,4 +1,4 @@
-"""Owns the speed of one training window of the model: `python tests/benchmarks/bench_step.py --help`.
+"""The speed of one training window of the model: `python tests/benchmarks/bench_step.py --help`.
 
 Prints tokens/s of forward and backward (head and loss included, no optimizer) for ways to run the same step, each as
 a ratio to transformers' own GPT2Model.forward called once per token, all measured in this run, turn by turn.

@@ -1,4 +1,4 @@
-"""Owns running a function on several gloo ranks inside a test, without a launcher."""
+"""Running a function on several gloo ranks inside a test, without a launcher."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _rank(rank: int, size: int, port: int, results: Any, function: Callable[...,
     }
     import torch
 
-    from gptb_ds.training.world import join, leave
+    from gptb_ds.distributed.join import join, leave
 
     torch.set_num_threads(1)
     try:

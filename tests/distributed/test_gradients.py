@@ -1,4 +1,4 @@
-"""Owns the claim that ZeRO is right: losses, gradient norms and weights of every stage against one plain process.
+"""ZeRO is right: losses, gradient norms and weights of every stage against one plain process.
 
 Axes: B lanes, K steps, S slots, E embedding.
 """
@@ -10,10 +10,10 @@ import torch
 
 from gptb_ds.config import OptimConfig
 from gptb_ds.data.collator import Window
+from gptb_ds.distributed.world import World
 from gptb_ds.model.configuration import GPTBConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
-from gptb_ds.training.objective import WindowObjective
-from gptb_ds.training.world import World
+from gptb_ds.model.objective import WindowObjective
 from tests.distributed.ranks import run_ranks
 
 LANES, STEPS, UPDATES, VOCAB = 8, 7, 3, 31

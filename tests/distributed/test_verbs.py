@@ -1,4 +1,4 @@
-"""Owns the claim that the verbs work together: what `train` leaves behind, the others can use."""
+"""The verbs work together: what `train` leaves behind, the others can use."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from gptb_ds.checkpoint.format import checkpoint_folder
+from gptb_ds.checkpoint.reader import CheckpointReader
 from gptb_ds.cli import main
-from gptb_ds.export import load_any
-from gptb_ds.training.checkpoint import CheckpointReader, checkpoint_folder
+from gptb_ds.loading import load_any
 from tests.training_runs import losses, metrics, rewind, train, write_corpus
 
 pytestmark = pytest.mark.slow

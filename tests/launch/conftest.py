@@ -1,4 +1,4 @@
-"""Owns the launch tests' fixtures: the store, the run to compare with, the throw-away cluster and hosts."""
+"""The launch tests' fixtures: the store, the run to compare with, the throw-away cluster and hosts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns tiny training runs for the launch tests: their configuration, their processes, their metrics."""
+"""Tiny training runs for the launch tests: their configuration, their processes, their metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns a throw-away Slurm cluster: one controller and two nodes on this machine, everything under one folder."""
+"""A throw-away Slurm cluster: one controller and two nodes on this machine, everything under one folder."""
 
 from __future__ import annotations
 

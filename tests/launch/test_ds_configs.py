@@ -1,4 +1,4 @@
-"""Owns the proof of ds_configs/: every policy trains on two ranks to the losses of one rank."""
+"""The proof of ds_configs/: every policy trains on two ranks to the losses of one rank."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gptb_ds.training.policy import read_policy
+from gptb_ds.training.deepspeed_policy import read_policy
 from tests.training_runs import losses, train
 
 from .runs import CHECKOUT

@@ -1,4 +1,4 @@
-"""Owns the proof of launch/hostfile.sh across two hosts that have only a cable and ssh between them."""
+"""The proof of launch/hostfile.sh across two hosts that have only a cable and ssh between them."""
 
 from __future__ import annotations
 

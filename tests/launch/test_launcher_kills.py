@@ -1,4 +1,4 @@
-"""Owns the claim that a launcher killed at any instant costs no update and doubles none."""
+"""A launcher killed at any instant costs no update and doubles none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the proof of runs on one machine: no launcher, the deepspeed launcher, mpirun; stopping, orphans, going on."""
+"""The proof of runs on one machine: no launcher, the deepspeed launcher, mpirun; stopping, orphans, going on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the proof of launch/slurm.sbatch on a real two-node Slurm: time limit, preemption, requeue, faults, chains."""
+"""The proof of launch/slurm.sbatch on a real two-node Slurm: time limit, preemption, requeue, faults, chains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns two hosts on one machine: network, host-name and process namespaces joined by one cable, an sshd on each."""
+"""Two hosts on one machine: network, host-name and process namespaces joined by one cable, an sshd on each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the proof that the model is GPTB: float64 agreement with the original's numbers.
+"""The proof that the model is GPTB: float64 agreement with the original's numbers.
 
 The files hold what the original GPTB.py (xloem/GPTb 3e81ccb, transformers 4.17) computed: tokens and targets (K, B),
 logits (K, B, V), states (K, B, S-1, E), the mean loss and its gradient by every parameter.

@@ -1,4 +1,4 @@
-"""Owns the proof of the recurrence's promises: unrolling is stepping, resets cut, recomputation changes nothing.
+"""The proof of the recurrence's promises: unrolling is stepping, resets cut, recomputation changes nothing.
 
 Axes: B lanes, T steps, S slots, E embedding.
 """

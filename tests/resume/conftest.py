@@ -1,4 +1,4 @@
-"""Owns what the tests of resuming share: a run that was never stopped, which they copy."""
+"""What the tests of resuming share: a run that was never stopped, which they copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the claim that a crash at any instant loses little and corrupts nothing."""
+"""A crash at any instant loses little and corrupts nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gptb_ds.training.checkpoint import CheckpointError, checkpoint_folder, checkpoint_folders, verify
+from gptb_ds.checkpoint.format import CheckpointError, checkpoint_folder, checkpoint_folders, verify
 from tests.training_runs import file_checksums, flip_a_byte, losses, metrics, rewind, start, train
 
 KILLS = 30
@@ -131,9 +131,9 @@ def test_a_planted_pickle_is_refused_and_never_run(straight, tmp_path: Path):
     """A stranger's checkpoint whose manifest fits: the tensors are a pickle that would write a file."""
     import pickle
 
-    from gptb_ds.export import load_any
-    from gptb_ds.files import sha256_of
-    from gptb_ds.training.checkpoint import Manifest, read_manifest
+    from gptb_ds.atomic_files import sha256_of
+    from gptb_ds.checkpoint.format import Manifest, read_manifest
+    from gptb_ds.loading import load_any
 
     class Bomb:
         def __reduce__(self):
@@ -155,7 +155,7 @@ def test_a_planted_pickle_is_refused_and_never_run(straight, tmp_path: Path):
 
 
 def test_a_manifest_cannot_name_files_elsewhere(straight, tmp_path: Path):
-    from gptb_ds.training.checkpoint import Manifest, read_manifest
+    from gptb_ds.checkpoint.format import Manifest, read_manifest
 
     folder = checkpoint_folder(rewind(straight, tmp_path / "run", 12), 12)
     manifest = read_manifest(folder)
@@ -168,7 +168,7 @@ def test_a_manifest_cannot_name_files_elsewhere(straight, tmp_path: Path):
 @pytest.mark.slow
 def test_shapes_are_checked_before_anything_changes(straight, store, tmp_path: Path):
     """A forged manifest that claims this run's identity over tensors of another shape."""
-    from gptb_ds.training.checkpoint import Manifest, read_manifest
+    from gptb_ds.checkpoint.format import Manifest, read_manifest
 
     wide = tmp_path / "wide"
     train(wide, store, ranks=2, model__n_embd=32)

@@ -1,4 +1,4 @@
-"""Owns the claim that resuming is elastic: other ranks, other ZeRO stages, other precision, same columns and state."""
+"""Resuming is elastic: other ranks, other ZeRO stages, other precision, same columns and state."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptb_ds.checkpoint.format import checkpoint_folder
+from gptb_ds.checkpoint.reader import CheckpointReader
+from gptb_ds.checkpoint.writer import CheckpointWriter, assign_parameters
 from gptb_ds.config import OptimConfig
+from gptb_ds.distributed.world import World
 from gptb_ds.model.configuration import GPTBConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
-from gptb_ds.training.checkpoint import CheckpointReader, checkpoint_folder
-from gptb_ds.training.objective import WindowObjective
-from gptb_ds.training.saver import Saver, assign_parameters
-from gptb_ds.training.world import World
+from gptb_ds.model.objective import WindowObjective
 from tests.distributed.ranks import run_ranks
 from tests.training_runs import losses, rewind, train
 
@@ -81,7 +82,7 @@ def _load_and_save(world: World, folder: Path, copy: Path, stage: int, precision
     engine.load(reader.fetch, reader.manifest.progress["adam_steps"])
     share = 8 // world.size
     lanes = reader.lanes(world.rank * share, (world.rank + 1) * share, (3, 16))
-    saver = Saver(copy, world, keep=1)
+    saver = CheckpointWriter(copy, world, keep=1)
     owner = assign_parameters(engine.parameter_shapes(), saver.writers)
     saver.begin(reader.manifest, engine.export(lambda name: owner[name] == world.rank), lanes, {})
     saver.finish()

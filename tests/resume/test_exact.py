@@ -1,4 +1,4 @@
-"""Owns the claim that resuming is exact: on the same ranks, to the last bit."""
+"""Resuming is exact: on the same ranks, to the last bit."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_evaluation_and_samples_leave_training_undisturbed(stage, store, tmp_pat
 
 def _main_with_slow_evaluation(*args) -> None:
     """Each window of an evaluation takes a while longer."""
-    import gptb_ds.training.run as run
+    import gptb_ds.training.setup as run
 
     windows = run.held_out_windows
 

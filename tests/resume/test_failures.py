@@ -1,4 +1,4 @@
-"""Owns the claim that a failure ends a job promptly and says why, and that requests to stop are heard."""
+"""A failure ends a job promptly and says why, and that requests to stop are heard."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import tests.training_runs
-from gptb_ds.training.checkpoint import checkpoint_folders, verify
+from gptb_ds.checkpoint.format import checkpoint_folders, verify
 from tests.training_runs import losses, metrics, start, train, with_environment
 
 LONG = {"train__updates": 100000, "run__save_every": 0, "run__eval_every": 0}
@@ -202,7 +202,7 @@ def losses_so_far(run: Path) -> set[int]:
 
 def _main_with_infinite_losses(*args) -> None:
     """The loss of rank 0 is infinite in updates 5 and 6, its gradients are not."""
-    from gptb_ds.training.objective import WindowObjective
+    from gptb_ds.model.objective import WindowObjective
 
     forward, calls = WindowObjective.forward, []
 
@@ -227,7 +227,7 @@ def test_a_loss_that_is_not_finite_is_skipped(stage, store, tmp_path: Path, monk
 
 
 def _main_with_slow_reading(*args) -> None:
-    from gptb_ds.training.checkpoint import CheckpointReader
+    from gptb_ds.checkpoint.reader import CheckpointReader
 
     fetch = CheckpointReader.fetch
 
@@ -250,7 +250,7 @@ def test_a_slow_resume_is_no_hang(store, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def _main_that_hangs_in_reading(args, rank, *others) -> None:
-    import gptb_ds.training.run as run
+    import gptb_ds.training.setup as run
 
     if rank == 1:
         run._read_inputs = lambda *_: time.sleep(120)

@@ -1,4 +1,4 @@
-"""Owns the claim that the benchmarks still run; what they measure is for those who read it."""
+"""The benchmarks still run; what they measure is for those who read it."""
 
 from __future__ import annotations
 

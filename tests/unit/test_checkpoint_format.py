@@ -1,4 +1,4 @@
-"""Owns the claims about checkpoints that need no training: the manifest, sharing among writers, and large worlds."""
+"""The claims about checkpoints that need no training: the manifest, sharing among writers, and large worlds."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptb_ds.files import sha256_of
-from gptb_ds.training.checkpoint import (
+from gptb_ds.atomic_files import sha256_of
+from gptb_ds.checkpoint.format import (
     CheckpointError,
-    CheckpointReader,
     Manifest,
     UnreadableError,
     _checksum,
-    changed_settings,
-    check_identity,
     checkpoint_folder,
     checkpoint_folders,
     list_checkpoints,
@@ -26,8 +23,10 @@ from gptb_ds.training.checkpoint import (
     read_manifest,
     verify,
 )
-from gptb_ds.training.saver import MAX_WRITERS, Saver, assign_parameters, prune, writer_blocks
-from gptb_ds.training.world import World
+from gptb_ds.checkpoint.identity import changed_settings, check_identity
+from gptb_ds.checkpoint.reader import CheckpointReader
+from gptb_ds.checkpoint.writer import MAX_WRITERS, CheckpointWriter, assign_parameters, prune, writer_blocks
+from gptb_ds.distributed.world import World
 
 
 def manifest(step: int = 3, lanes: int = 4, **changes) -> Manifest:
@@ -48,7 +47,7 @@ def manifest(step: int = 3, lanes: int = 4, **changes) -> Manifest:
 
 
 def save(run: Path, step: int = 3, lanes: int = 4) -> Path:
-    saver = Saver(run, World(), keep=5)
+    saver = CheckpointWriter(run, World(), keep=5)
     weight = {"a": torch.randn(3, 2), "b": torch.randn(5)}
     parameters = {kind: {n: t.clone() for n, t in weight.items()} for kind in ("weight", "exp_avg", "exp_avg_sq")}
     state = {"state": torch.randn(lanes, 3, 8), "ordinal": torch.arange(lanes), "offset": torch.arange(lanes)}
@@ -164,15 +163,15 @@ def test_a_thousand_ranks_and_a_million_lanes_without_processes(tmp_path: Path):
     per_rank = lanes // ranks
 
     class Member(World):
-        def to_leader(self, tensors, leader, members):
+        def gather_to(self, tensors, leader, members):
             if self.rank != leader:
                 return {}
             return {k: torch.stack([t + (r - leader) * per_rank for r in members]) for k, t in tensors.items()}
 
-        def on_first(self, function, *args):
+        def on_rank0(self, function, *args):
             return function(*args) if self.rank == 0 else None
 
-        def gather(self, value):
+        def all_gather(self, value):
             gathered.append(value)
             return gathered
 
@@ -182,7 +181,7 @@ def test_a_thousand_ranks_and_a_million_lanes_without_processes(tmp_path: Path):
     for block in blocks:
         leader = block[0]
         own = torch.arange(leader * per_rank, (leader + 1) * per_rank)
-        saver = Saver(tmp_path, Member(rank=leader, size=ranks), keep=1)
+        saver = CheckpointWriter(tmp_path, Member(rank=leader, size=ranks), keep=1)
         parameters = {kind: {f"p{leader}": torch.zeros(2)} for kind in ("weight", "exp_avg", "exp_avg_sq")}
         state = {"state": own[:, None, None].float(), "ordinal": own, "offset": own}
         saver.begin(manifest(5, lanes, world_size=ranks), parameters, state, {"cpu": torch.zeros(4, dtype=torch.uint8)})

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptb_ds.data.collator import Corpus, LaneCollator, Prefetcher, Window
+from gptb_ds.data.corpus import Mixture
 from gptb_ds.data.lanes import Pieces, ShuffledOrder
-from gptb_ds.data.mixture import Mixture
 from tests.data_stores import EOT, make_store, numbered_documents
 
 

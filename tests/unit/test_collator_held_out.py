@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptb_ds.data.collator import Window, held_out_windows
+from gptb_ds.data.corpus import Mixture
 from gptb_ds.data.lanes import Pieces
-from gptb_ds.data.mixture import Mixture
 from tests.data_stores import EOT, make_store, numbered_documents
 
 

@@ -1,4 +1,4 @@
-"""Owns the claim that a configuration is checked whole, and that bad usage is one clear line."""
+"""A configuration is checked whole, and that bad usage is one clear line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gptb_ds.cli import main, parse_train
-from gptb_ds.config import RECIPES, ConfigError, divisors, load_config, save_config
+from gptb_ds.cli import main, parse
+from gptb_ds.commands.train import configuration
+from gptb_ds.config import RECIPES, Config, ConfigError, divisors, load_config, save_config
 
 
 def test_defaults_need_only_a_store():
@@ -85,6 +86,10 @@ def test_recipes_are_valid(recipe: Path):
     assert load_config(str(recipe), {"data.path": "store"}) == config
 
 
+def parse_train(arguments: list[str]) -> Config:
+    return configuration(parse("train", arguments))
+
+
 def test_command_line_goes_over_the_file(tmp_path: Path):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"data": {"path": "s", "lanes": 8}, "model": {"rebias": False}}))
@@ -134,7 +139,7 @@ def test_a_missing_store_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_policies_may_not_set_what_the_run_owns(tmp_path: Path):
-    from gptb_ds.training.policy import read_policy
+    from gptb_ds.training.deepspeed_policy import read_policy
 
     file = tmp_path / "policy.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "gradient_clipping": 1}))

@@ -1,4 +1,4 @@
-"""Owns the proof of `gptb-ds doctor`: a sound machine passes, and each thing that is wrong is named with its remedy."""
+"""The proof of `gptb-ds doctor`: a sound machine passes, and each thing that is wrong is named with its remedy."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gptb_ds.data.corpus import bytes_per_target
 from gptb_ds.data.documents import open_store, verify
-from gptb_ds.data.mixture import bytes_per_target
 from tests.data_stores import numbered_documents, prepare, write_store
 
 DOCUMENTS = numbered_documents([3, 0, 7, 1])

@@ -1,8 +1,7 @@
-"""Owns the tests of generation: the right tokens, no side effects, and text that is never torn."""
+"""The tests of generation: the right tokens, no side effects, and text that is never torn."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from transformers import ByT5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from gptb_ds import GPTBConfig, GPTBLMHeadModel, generation
+from gptb_ds.cli import main
 from gptb_ds.data import tokenization
-from gptb_ds.generation import TextStream, add_generate_arguments, generate, load_model, run_generate
+from gptb_ds.generation import GenerateOptions, TextStream, generate, generate_text
+from gptb_ds.loading import load_any
 
 V, EOT = 29, 0
 
@@ -188,28 +189,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_generate_arguments(parser)
-    return parser.parse_args(words)
-
-
 def test_the_verb_prints_prompt_and_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(folder), "--prompt", "dé", "--max-new-tokens", "40", "--seed", "3", "--top-k", "50"]
-    assert run_generate(command(*words)) == 0
+    assert main(["generate", *words]) == 0
     printed = capsys.readouterr().out
-    assert run_generate(command(*words)) == 0
+    assert main(["generate", *words]) == 0
     assert capsys.readouterr().out == printed
-    model, tokenizer = load_model(str(folder))
+    model, tokenizer = load_any(str(folder))
     prompt = tokenization.encode(tokenizer, ["dé"])[0].tolist()
     tokens = list(generate(model, prompt, 40, top_k=50, seed=3))
     assert printed == tokenizer.decode(prompt + tokens) + "\n" and printed.startswith("dé")
 
 
 def test_the_verb_refuses_what_is_no_model(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not an exported model"):
-        run_generate(command(str(tmp_path)))
+    with pytest.raises(ValueError, match="no exported folder"):
+        list(generate_text(GenerateOptions(str(tmp_path))))
     with pytest.raises(ValueError, match=r"temperature is -1\.0"):
-        run_generate(command(str(folder), "--temperature", "-1"))
+        list(generate_text(GenerateOptions(str(folder), temperature=-1.0)))
     with pytest.raises(ValueError, match="not valid Unicode"):
-        run_generate(command(str(folder), "--prompt", "a\udcff"))
+        list(generate_text(GenerateOptions(str(folder), prompt="a\udcff")))

@@ -1,4 +1,4 @@
-"""Owns the tests of GPTB's configuration: its keys, its errors, and plain GPT-2 configurations."""
+"""The tests of GPTB's configuration: its keys, its errors, and plain GPT-2 configurations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the tests of what a caller of the model can get wrong: one clear line each."""
+"""The tests of what a caller of the model can get wrong: one clear line each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns the tests of the model's folders: initialisation, round trips through Auto classes, GPT-2 as a warm start."""
+"""The tests of the model's folders: initialisation, round trips through Auto classes, GPT-2 as a warm start."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from gptb_ds.data.corpus import bytes_per_target
 from gptb_ds.data.documents import DocumentStore, load_tokenizer, open_store, verify
-from gptb_ds.data.mixture import bytes_per_target
 from tests.data_stores import fail, prepare, texts_of
 
 TEXTS = {"a.txt": "first document", "b.txt": "zweites Dokument, größer", "sub/c.txt": "third\r\n" * 40, "d.txt": "vier"}

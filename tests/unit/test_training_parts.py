@@ -1,4 +1,4 @@
-"""Owns the claims about training's small parts: schedule, metrics, requests to stop, ranks, the run's folder."""
+"""The claims about training's small parts: schedule, metrics, requests to stop, ranks, the run's folder."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ import torch
 import torch.distributed as dist
 
 from gptb_ds.config import ConfigError, OptimConfig
-from gptb_ds.training import world
-from gptb_ds.training.faults import report
+from gptb_ds.distributed import join
+from gptb_ds.distributed.error_report import report
+from gptb_ds.distributed.join import find_rank
+from gptb_ds.distributed.slurm import slurm_continues, slurm_end
+from gptb_ds.distributed.world import World, derive_seed
 from gptb_ds.training.metrics import MetricsLog, Progress, read_metrics
-from gptb_ds.training.preemption import SIGNALS, StopRequests, slurm_continues, slurm_end
 from gptb_ds.training.run_folder import RunFolder
 from gptb_ds.training.schedule import learning_rate
-from gptb_ds.training.world import World, derive_seed, find_rank
+from gptb_ds.training.stop_requests import SIGNALS, StopRequests
 
 
 def test_schedules():
@@ -133,7 +135,7 @@ def test_how_ranks_are_found():
 
 
 def test_mpi_is_asked_before_slurm(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(world, "_ask_mpi", lambda env: {"RANK": "asked"})
+    monkeypatch.setattr(join, "_ask_mpi", lambda env: {"RANK": "asked"})
     inside_slurm = STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
     assert find_rank(inside_slurm | {"OMPI_COMM_WORLD_SIZE": "24"}) == {"RANK": "asked"}
     assert find_rank({"PMI_SIZE": "2"}) == {"RANK": "asked"}
@@ -142,10 +144,10 @@ def test_mpi_is_asked_before_slurm(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_address_for_other_hosts_is_not_the_loopback_one(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.1.2.3")
-    assert world._own_address() == "10.1.2.3"
+    assert join._own_address() == "10.1.2.3"
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")  # Debian's /etc/hosts
     monkeypatch.setattr(socket, "socket", lambda *_: Probe())
-    assert world._own_address() == "10.4.5.6"
+    assert join._own_address() == "10.4.5.6"
 
 
 class Probe:

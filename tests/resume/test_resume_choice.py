@@ -1,4 +1,4 @@
-"""Owns the claim that a run continues from the right checkpoint, and loses nothing that it leaves behind."""
+"""A run continues from the right checkpoint, and loses nothing that it leaves behind."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import tests.training_runs
-from gptb_ds.export import load_any
-from gptb_ds.training.checkpoint import Manifest, checkpoint_folder, checkpoint_folders, read_manifest, verify
+from gptb_ds.checkpoint.format import Manifest, checkpoint_folder, checkpoint_folders, read_manifest, verify
+from gptb_ds.loading import load_any
 from tests.training_runs import flip_a_byte, losses, metrics, rewind, train, with_environment
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Owns the writing of checkpoints: a snapshot while training waits, the files behind its back, the manifest last."""
+"""The writing of checkpoints: a snapshot while training waits, the files behind its back, the manifest last."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from gptb_ds.files import new_file, replace_file, sha256_of, sync_folder
-from gptb_ds.training.checkpoint import (
+from gptb_ds.atomic_files import replace_file, sha256_of, sync_folder, write_atomically
+from gptb_ds.checkpoint.format import (
     CheckpointError,
     FileFacts,
     Manifest,
@@ -22,7 +22,7 @@ from gptb_ds.training.checkpoint import (
     checkpoint_folders,
     read_manifest,
 )
-from gptb_ds.training.world import World
+from gptb_ds.distributed.world import World
 
 # So many ranks write files; the others hand their lanes to one of them. A thousand ranks are not a thousand files.
 MAX_WRITERS = 32
@@ -48,7 +48,7 @@ class SaveError(OSError):
     """What must reach the disk can't be written. Every rank raises it; the message says what, and why."""
 
 
-class Saver:
+class CheckpointWriter:
     """Writes one checkpoint at a time. Every rank calls each method at the same update's edge."""
 
     def __init__(self, run: Path, world: World, keep: int) -> None:
@@ -99,8 +99,8 @@ class Saver:
         folder = checkpoint_folder(self._run, manifest.step)
         self._on_first(_clear, folder)
         leader, ranks = self._block[0], f"{self._block[0]:06d}-{self._block[-1] + 1:06d}"
-        lanes = {k: v.flatten(0, 1) for k, v in self._world.to_leader(lanes, leader, self._block).items()}
-        random_state = self._world.to_leader(random_state, leader, self._block)
+        lanes = {k: v.flatten(0, 1) for k, v in self._world.gather_to(lanes, leader, self._block).items()}
+        random_state = self._world.gather_to(random_state, leader, self._block)
         files: dict[str, dict[str, torch.Tensor]] = {}
         if self._world.rank == leader:
             per_rank = manifest.lanes // self._world.size
@@ -127,10 +127,10 @@ class Saver:
         self._thread.join()
         manifest, self._manifest, self._thread = self._manifest, None, None
         folder = checkpoint_folder(self._run, manifest.step)
-        results = self._world.gather((str(self._error) if self._error else None, self._entries))
+        results = self._world.all_gather((str(self._error) if self._error else None, self._entries))
         problems = [f"rank {rank}: {problem}" for rank, (problem, _) in enumerate(results) if problem]
         if problems:
-            self._world.on_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+            self._world.on_rank0(lambda: shutil.rmtree(folder, ignore_errors=True))
             raise SaveError(f"checkpoint {folder} could not be written: {'; '.join(problems)}")
         files = {name: entry for _, entries in results for name, entry in entries.items()}
         self._on_first(self._complete, folder, replace(manifest, files=files))
@@ -138,7 +138,7 @@ class Saver:
 
     def _on_first(self, function: Callable[..., None], folder: Path, *args: Any) -> None:
         try:
-            self._world.on_first(function, folder, *args)
+            self._world.on_rank0(function, folder, *args)
         except OSError as error:
             raise SaveError(f"checkpoint {folder} could not be written: {error}") from None
 
@@ -146,7 +146,7 @@ class Saver:
         try:
             for name, tensors in files.items():
                 path = folder / f"{name}.safetensors"
-                with new_file(path) as temporary:
+                with write_atomically(path) as temporary:
                     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
                     digest = sha256_of(temporary)
                 self._entries[path.name] = {"bytes": path.stat().st_size, "sha256": digest}

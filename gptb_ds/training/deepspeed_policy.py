@@ -1,4 +1,4 @@
-"""Owns DeepSpeed policy files: what they may say, and that they don't say what the run's configuration owns."""
+"""DeepSpeed policy files: what they may say, and that they don't say what the run's configuration owns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Owns how files reach the disk: whole or not at all, and checksummed."""
+"""How files reach the disk: whole or not at all, and checksummed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def write_atomically(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write to; afterwards its content is on the disk under `path`, all of it or nothing.
 
     Raises OSError (disk full, say), which names `path`, after removing the temporary file.
@@ -30,7 +30,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Writes `content` under `path`, all of it or nothing."""
-    with new_file(path) as temporary:
+    with write_atomically(path) as temporary:
         temporary.write_bytes(content)
 
 

@@ -1,127 +1,19 @@
-"""Owns the ranks: who we are, how we found out, and the small exchanges that every rank takes part in."""
+"""How a process finds its rank and joins the other ranks of its job, whatever launched it."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import resource
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from gptb_ds.distributed.world import World
+
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class World:
-    """One rank's place. `control` is a CPU group: its small messages never queue behind the device's collectives."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    host: str = field(default_factory=socket.gethostname)
-    control: Any = None
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over the ranks, in place, on the device's group."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def agree(self, *values: float) -> list[float]:
-        """The largest of each value over the ranks: what one rank has noticed, all then know."""
-        if self.size == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
-        return tensor.tolist()
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's small Python value, in rank order, on all ranks."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
-
-    def from_first(self, value: Any) -> Any:
-        """Rank 0's `value` on all ranks. An exception there is raised on every rank."""
-        if self.size == 1:
-            values = [value]
-        else:
-            values = [value if self.rank == 0 else None]
-            dist.broadcast_object_list(values, src=0, group=self.control)
-        if isinstance(values[0], Exception):
-            raise _shared(values[0])
-        return values[0]
-
-    def on_first(self, function: Any, *args: Any) -> Any:
-        """`function(*args)` run on rank 0 alone; its result, or its exception, on all ranks."""
-        result: Any = None
-        if self.rank == 0:
-            try:
-                result = function(*args)
-            except (OSError, ValueError) as error:
-                result = error
-        return self.from_first(result)
-
-    def together(self, function: Any, *args: Any) -> Any:
-        """`function(*args)` run on every rank, no collectives inside; when one raises ValueError, all do."""
-        result: Any = None
-        problem = None
-        try:
-            result = function(*args)
-        except (OSError, ValueError) as error:
-            problem = str(error)
-        problems = self.gather(problem)
-        for rank, text in enumerate(problems):
-            if text is not None:
-                # A mistake that all share is said as it is; one that only some ranks see, with who sees it.
-                raise _shared(ValueError(text if rank == 0 else f"rank {rank}: {text}"))
-        return result
-
-    def barrier(self) -> None:
-        """Returns when every rank has come here."""
-        if self.size > 1:
-            dist.barrier(group=self.control)
-
-    def to_leader(self, tensors: dict[str, torch.Tensor], leader: int, members: range) -> dict[str, torch.Tensor]:
-        """CPU `tensors` of the ranks in `members` (equal shapes), stacked in rank order on `leader`; {} elsewhere.
-
-        A few leaders then write for many ranks, instead of a file each.
-        """
-        if len(members) == 1:
-            return {name: tensor[None] for name, tensor in tensors.items()}
-        if self.rank != leader:
-            for tensor in tensors.values():
-                dist.send(_bytes(tensor), leader, group=self.control)
-            return {}
-        stacked = {}
-        for name, tensor in tensors.items():
-            whole = torch.empty((len(members), *tensor.shape), dtype=tensor.dtype)
-            for index, member in enumerate(members):
-                if member == self.rank:
-                    whole[index].copy_(tensor)
-                else:
-                    dist.recv(_bytes(whole[index]), member, group=self.control)
-            stacked[name] = whole
-        return stacked
-
-
-def is_shared(error: BaseException) -> bool:
-    """Whether every rank raises this error, so that rank 0 speaks for all."""
-    return getattr(error, "shared", False)
-
-
-def _shared(error: Exception) -> Exception:
-    error.shared = True  # type: ignore[attr-defined]
-    return error
 
 
 def find_rank(env: Mapping[str, str]) -> dict[str, str] | None:
@@ -201,7 +93,7 @@ def _raise_file_limit() -> None:
 
 def _share_cores(world: World) -> None:
     """Without it every rank would start a thread on each core of its host."""
-    ranks_here = world.gather(world.host).count(world.host)
+    ranks_here = world.all_gather(world.host).count(world.host)
     if len(os.sched_getaffinity(0)) == os.cpu_count():  # else somebody has shared them out already
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
 
@@ -209,12 +101,6 @@ def _share_cores(world: World) -> None:
 def leave() -> None:
     """Ends the process group, after a barrier: ranks that still talk would see it as a fault of the others."""
     dist.destroy_process_group()
-
-
-def derive_seed(seed: int, *names: str | int) -> int:
-    """An independent 63-bit seed for the random stream called `names` under `seed`."""
-    text = "/".join(str(part) for part in (seed, *names))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def _ask_mpi(env: Mapping[str, str]) -> dict[str, str]:
@@ -259,8 +145,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous CPU tensor as bytes: gloo sends only some dtypes."""
-    return tensor.contiguous().view(-1).view(torch.uint8)

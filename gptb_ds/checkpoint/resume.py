@@ -1,4 +1,4 @@
-"""Owns the choice of the checkpoint that a run continues from."""
+"""The choice of the checkpoint that a run continues from."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from gptb_ds.checkpoint.format import checkpoint_folders, newest_good, verify_together
 from gptb_ds.config import ConfigError
-from gptb_ds.training.checkpoint import checkpoint_folders, newest_good, verify_together
-from gptb_ds.training.preemption import slurm_continues
-from gptb_ds.training.world import World
+from gptb_ds.distributed.slurm import slurm_continues
+from gptb_ds.distributed.world import World
 
 
 def choose_checkpoint(
-    resume: str, run: Path, world: World, renew: Callable[[str], None], say: Callable[[str], None]
+    resume: str, run: Path, world: World, progress_made: Callable[[str], None], say: Callable[[str], None]
 ) -> tuple[Path | None, list[Path]]:
     """The checkpoint that `run.resume` means, and what of the run in `run` the choice leaves behind.
 
-    The latter is to be set aside, not deleted, once the checkpoint has turned out to fit. `renew` is told of progress
-    (see `Watchdog.renew`), `say` what a person should know. Raises ValueError when `resume` names no good checkpoint.
+    The latter is to be set aside, not deleted, once the checkpoint has turned out to fit. `progress_made` is told of
+    progress (see `Watchdog.progress_made`), `say` what a person should know. Raises ValueError when `resume` names no
+    good checkpoint.
     """
-    folders = world.on_first(checkpoint_folders, run)
+    folders = world.on_rank0(checkpoint_folders, run)
     everything = [run / "checkpoints", run / "metrics.jsonl", run / "config.yaml"]
     if resume != "auto" and slurm_continues(os.environ):
         say(f"this job has run before: --run.resume {resume} was for its first start, now it is auto")
@@ -28,16 +29,16 @@ def choose_checkpoint(
     if resume == "never":
         return None, everything
     if resume == "auto":
-        found, passed_over = newest_good(run, world, renew)
+        found, passed_over = newest_good(run, world, progress_made)
         for line in passed_over.values():
             say(f"passed over {line}")
         # A save that was interrupted leaves nothing of worth; what once was a checkpoint is kept, out of the way.
         damaged = [folder for folder in passed_over if (folder / "manifest.json").exists()]
         return found, damaged if found or not damaged else everything
     found = Path(resume)
-    world.on_first(_must_exist, found)
-    step = verify_together(found, world, renew).step
-    own = world.from_first(found.resolve().parent.parent == run.resolve())
+    world.on_rank0(_must_exist, found)
+    step = verify_together(found, world, progress_made).step
+    own = world.broadcast(found.resolve().parent.parent == run.resolve())
     return found, [p for p in folders if int(p.name.split("-")[1]) > step] if own else everything
 
 

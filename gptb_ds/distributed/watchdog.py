@@ -1,4 +1,4 @@
-"""Owns the detection of a job that hangs: who waits, who is missing, and an end to it."""
+"""The detection of a job that hangs: who waits, who is missing, and an end to it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from gptb_ds.training.world import World
-
-FAULT = 70  # exit code of a rank that ends itself because the job hangs (EX_SOFTWARE)
+from gptb_ds.distributed.world import World
+from gptb_ds.exit_codes import HUNG
 
 
 class Watchdog:
@@ -38,7 +37,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def renew(self, stage: str) -> None:
+    def progress_made(self, stage: str) -> None:
         """Progress: `stage` is done."""
         self._stage, self._since = stage, time.monotonic()
 
@@ -68,7 +67,7 @@ class Watchdog:
             meeting = threading.Thread(target=self._meet, args=(me,), daemon=True)
             meeting.start()
             meeting.join(1.5 * self._meeting.total_seconds())
-        os._exit(FAULT)
+        os._exit(HUNG)
 
     def _meet(self, me: str) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Owns the training objective: the loss of one window of columns, and where back-propagation through time stops.
+"""The training objective: the loss of one window of columns, and where back-propagation through time stops.
 
 Axes: B lanes of this rank or lane group, K steps, S slots, E embedding, V vocabulary, R = K*B rows.
 """
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gptb_ds.model.modeling import GPTBLMHeadModel
+from .modeling import GPTBLMHeadModel
 
 # Logits kept for the backward pass at once: above so many, the head is recomputed piece by piece.
 HEAD_ELEMENTS = 1 << 26

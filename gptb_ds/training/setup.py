@@ -1,4 +1,4 @@
-"""Owns the assembly of a training run: from a configuration to a trainer, and from its end to an exit code."""
+"""The assembly of a training run: from a configuration to a trainer, and from its end to an exit code."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ from typing import Any, NoReturn
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from gptb_ds.atomic_files import replace_file
+from gptb_ds.checkpoint.identity import changed_settings, check_identity
+from gptb_ds.checkpoint.reader import CheckpointReader
+from gptb_ds.checkpoint.resume import choose_checkpoint
+from gptb_ds.checkpoint.writer import SaveError
 from gptb_ds.config import Config, ConfigError, divisors, save_config
 from gptb_ds.data.collator import Corpus, LaneCollator, Prefetcher, held_out_windows
+from gptb_ds.data.corpus import bytes_per_target, open_corpus
 from gptb_ds.data.documents import load_tokenizer
-from gptb_ds.data.mixture import bytes_per_target, open_corpus
+from gptb_ds.distributed.error_report import report
+from gptb_ds.distributed.join import join, leave
+from gptb_ds.distributed.watchdog import Watchdog
+from gptb_ds.distributed.world import World, derive_seed, is_shared
 from gptb_ds.evaluation import held_out_loss, metrics_of
-from gptb_ds.export import model_configuration
-from gptb_ds.files import replace_file
+from gptb_ds.exit_codes import DONE, FAULT, STOPPED, USAGE
 from gptb_ds.generation import generate
+from gptb_ds.loading import model_configuration
 from gptb_ds.model.configuration import warn_if_memoryless
 from gptb_ds.model.modeling import INHERITED, GPTBLMHeadModel, warm_start
-from gptb_ds.training.checkpoint import CheckpointReader, changed_settings, check_identity
-from gptb_ds.training.choice import choose_checkpoint
+from gptb_ds.model.objective import WindowObjective
+from gptb_ds.training.deepspeed_policy import offload_devices, read_policy, zero_stage
 from gptb_ds.training.engine import Engine, check_policy
-from gptb_ds.training.faults import report
 from gptb_ds.training.metrics import MetricsLog
-from gptb_ds.training.objective import WindowObjective
-from gptb_ds.training.policy import offload_devices, read_policy, zero_stage
-from gptb_ds.training.preemption import STOPPED, StopRequests
 from gptb_ds.training.run_folder import RunFolder
-from gptb_ds.training.saver import SaveError
+from gptb_ds.training.stop_requests import StopRequests
 from gptb_ds.training.trainer import Plan, Trainer, TrainingError
-from gptb_ds.training.watchdog import Watchdog
-from gptb_ds.training.world import World, derive_seed, is_shared, join, leave
 
-DONE, FAULT, USAGE = 0, 1, 2
 Say = Callable[[str], None]
 
 
@@ -99,18 +101,18 @@ def _set_up(
     Raises ValueError for what the user has to change, OSError for what the system refuses.
     """
     say: Say = (lambda text: print(text, flush=True)) if world.rank == 0 else (lambda text: None)
-    inputs = world.together(_read_inputs, config, world)
-    watchdog.renew("reading the inputs")
+    inputs = world.on_all_ranks(_read_inputs, config, world)
+    watchdog.progress_made("reading the inputs")
     folder = RunFolder(config.run.dir, world)
     stop.watch(
         folder.path / "stop" if world.rank == 0 else None, config.run.max_seconds, started, config.run.stop_margin
     )
     plan = inputs.plan
-    checkpoint, superseded = choose_checkpoint(config.run.resume, folder.path, world, watchdog.renew, say)
+    checkpoint, superseded = choose_checkpoint(config.run.resume, folder.path, world, watchdog.progress_made, say)
     reader = None
     if checkpoint is not None:
-        reader = world.together(CheckpointReader, checkpoint)
-        world.together(check_identity, reader.manifest, plan.identity, checkpoint)
+        reader = world.on_all_ranks(CheckpointReader, checkpoint)
+        world.on_all_ranks(check_identity, reader.manifest, plan.identity, checkpoint)
         changes = "; ".join(changed_settings(reader.manifest, plan.setting))
         say(
             f"resuming from {checkpoint} (update {reader.manifest.step})" + (f"; changed: {changes}" if changes else "")
@@ -125,7 +127,7 @@ def _set_up(
         policy=inputs.policy,
         monitor=_monitor(config, folder.path),
     )
-    watchdog.renew("building the engine")
+    watchdog.progress_made("building the engine")
     if config.train.compile:
         inputs.model.compile_step()
     trainer = Trainer(
@@ -156,7 +158,7 @@ def _set_up(
     say(_headline(config, world, engine, trainer.at.update))
     if not inputs.held_out:
         say(f"WARNING: nothing is held out in {' '.join(config.data.path)}: no evaluation")
-    watchdog.renew("set-up")
+    watchdog.progress_made("set-up")
     return trainer, folder
 
 

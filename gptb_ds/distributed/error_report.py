@@ -1,4 +1,4 @@
-"""Owns how a rank speaks of its own end: once, with its name, and not when it only echoes another's."""
+"""How a rank speaks of its own end: once, with its name, and not when it only echoes another's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import traceback
 
 import torch.distributed as dist
 
-from gptb_ds.training.world import World
+from gptb_ds.distributed.world import World
 
 # What torch's backends say when the other side of a connection is gone.
 _ECHOES = (

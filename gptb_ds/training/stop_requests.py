@@ -1,15 +1,16 @@
-"""Owns requests to stop: signals, a stop file, a wall-clock limit, the end of the Slurm job."""
+"""Requests to stop: signals, a stop file, a wall-clock limit, the end of the Slurm job."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-STOPPED = 85  # exit code: stopped on request, a checkpoint is written, the same command continues
+from gptb_ds.distributed.slurm import slurm_end
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -68,15 +69,3 @@ class StopRequests:
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt  # a second Ctrl-C means now
         self.reason = f"received {signal.Signals(number).name}"
-
-
-def slurm_end(env: Mapping[str, str]) -> float | None:
-    """When Slurm will end this job (seconds since the epoch), where Slurm tells (22.05 and later)."""
-    value = env.get("SLURM_JOB_END_TIME", "")
-    return float(value) if value.isdigit() and int(value) > 0 else None
-
-
-def slurm_continues(env: Mapping[str, str]) -> bool:
-    """Whether Slurm started this job before: requeued, or a later link of an array that chains."""
-    restarted = int(env.get("SLURM_RESTART_COUNT") or 0) > 0
-    return restarted or env.get("SLURM_ARRAY_TASK_ID", "") != env.get("SLURM_ARRAY_TASK_MIN", "")

@@ -1,0 +1,206 @@
+"""The checkpoint format: manifest, verification, listing and reading. No pickle is written or read.
+
+RUN/checkpoints/step-00001000/
+    model-*.safetensors      fp32 master weights by parameter name
+    optimizer-*.safetensors  Adam moments: "exp_avg/NAME", "exp_avg_sq/NAME"
+    lanes-*.safetensors      state (lanes, S-1, E), ordinal and offset (lanes,), by global lane range
+    rng-*.safetensors        random state of a range of ranks, (ranks, bytes)
+    manifest.json            written last: no manifest, no checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict  # typing's is not enough for pydantic before Python 3.12
+
+from gptb_ds.atomic_files import sha256_of
+from gptb_ds.distributed.world import World
+
+FORMAT = 2
+_FOLDER = re.compile(r"step-(\d{8,})")
+_FILE = re.compile(r"((model|optimizer)-[\w.-]+|(lanes|rng)-\d+-\d+)\.safetensors")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used: the message says which, and why."""
+
+
+class UnreadableError(CheckpointError):
+    """One that may be whole, but that this version or this user can't read: not damage to be passed over."""
+
+
+class FileFacts(TypedDict):
+    """Size and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class ProgressFacts(TypedDict):
+    """Where training stands beside its tensors; `evaluation_due`: a request to stop kept this update's evaluation."""
+
+    adam_steps: int
+    skipped: int
+    bad_in_row: int
+    evaluation_due: bool
+    scaler: dict[str, int | float]
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+class Manifest:
+    """What a checkpoint holds. `identity` must equal the resuming run's; `setting` may differ and is logged."""
+
+    step: NonNegativeInt
+    tokens: NonNegativeInt
+    loss: float | None
+    world_size: PositiveInt
+    zero_stage: int
+    lanes: PositiveInt
+    window: PositiveInt
+    identity: dict[str, Any]
+    setting: dict[str, Any]
+    progress: ProgressFacts
+    versions: dict[str, str]
+    files: dict[str, FileFacts] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def to_json(self) -> bytes:
+        body = asdict(self)
+        return json.dumps(body | {"checksum": _checksum(body)}, indent=1).encode()
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """The run's checkpoint folders, newest first, whole or not."""
+    if not (run / "checkpoints").is_dir():
+        return []
+    found = [(int(match[1]), p) for p in (run / "checkpoints").iterdir() if (match := _FOLDER.fullmatch(p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint whose files have the right sizes; their content is not read.
+
+    Raises CheckpointError naming the folder and the reason; UnreadableError for another format, or no permission.
+    """
+    try:
+        body = json.loads((folder / "manifest.json").read_bytes())
+        checksum = body.pop("checksum")
+        if checksum != _checksum(body):
+            raise CheckpointError(f"{folder}: manifest.json was altered")
+        if body.get("format") != FORMAT:
+            raise UnreadableError(f"{folder}: format {body.get('format')!r}, this version reads {FORMAT}")
+        manifest = Manifest(**body)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no manifest.json, the save was not completed") from None
+    except PermissionError as error:
+        raise UnreadableError(f"{folder}: manifest.json cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise CheckpointError(f"{folder}: manifest.json cannot be read: {wrong}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder}: manifest.json cannot be read: {error!r}") from None
+    if (named := _FOLDER.fullmatch(folder.name)) and int(named[1]) != manifest.step:
+        raise CheckpointError(f"{folder}: manifest.json is of update {manifest.step}")
+    for name, entry in manifest.files.items():
+        if not _FILE.fullmatch(name):
+            raise CheckpointError(f"{folder}: the manifest names {name!r}, which is no file of a checkpoint")
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            size = None
+        if size != entry["bytes"]:
+            what = "is missing" if size is None else f"has {size} bytes"
+            raise CheckpointError(f"{folder}: {name} {what}, the manifest says {entry['bytes']}")
+    return manifest
+
+
+def check_content(
+    folder: Path,
+    manifest: Manifest,
+    names: Iterable[str] | None = None,
+    progress_made: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Raises CheckpointError naming the first of the files whose checksum differs from the manifest's.
+
+    `progress_made` is told of each file that was read (see `Watchdog.progress_made`).
+    """
+    for name in manifest.files if names is None else names:
+        try:
+            found = sha256_of(folder / name)
+            progress_made(f"reading {name}")
+        except PermissionError as error:
+            raise UnreadableError(f"{folder}: {name} cannot be read: {error.strerror}") from None
+        except OSError as error:
+            raise CheckpointError(f"{folder}: {name} cannot be read: {error}") from None
+        if found != manifest.files[name]["sha256"]:
+            raise CheckpointError(f"{folder}: {name} was altered, its checksum differs from the manifest's")
+
+
+def verify(folder: Path) -> Manifest:
+    """The manifest of a checkpoint that is whole, every byte. Raises CheckpointError."""
+    manifest = read_manifest(folder)
+    check_content(folder, manifest)
+    return manifest
+
+
+def verify_together(folder: Path, world: World, progress_made: Callable[[str], None] = lambda _: None) -> Manifest:
+    """`verify`, with the reading shared among the ranks; all return, or all raise CheckpointError."""
+    manifest = world.on_rank0(read_manifest, folder)
+    problem = None
+    try:
+        check_content(folder, manifest, list(manifest.files)[world.rank :: world.size], progress_made)
+    except CheckpointError as error:
+        problem = error
+    for found in world.all_gather(problem):
+        if found is not None:
+            raise found
+    return manifest
+
+
+def newest_good(
+    run: Path, world: World, progress_made: Callable[[str], None] = lambda _: None
+) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint of the run that verifies (None if none does), and why newer ones were passed over.
+
+    Raises UnreadableError for one that may be good but can't be read here: to go back behind it would be a mistake.
+    """
+    passed_over = {}
+    for folder in world.on_rank0(checkpoint_folders, run):
+        try:
+            verify_together(folder, world, progress_made)
+        except UnreadableError:
+            raise
+        except CheckpointError as error:
+            passed_over[folder] = str(error)
+        else:
+            return folder, passed_over
+    return None, passed_over
+
+
+def list_checkpoints(run: Path) -> Iterator[tuple[Path, Manifest | CheckpointError]]:
+    """The run's checkpoints, newest first: what each holds, or why it can't be used. Reads every byte."""
+    for folder in checkpoint_folders(run):
+        try:
+            yield folder, verify(folder)
+        except CheckpointError as error:
+            yield folder, error

@@ -1,0 +1,30 @@
+"""What a resumed run must share with the run that saved, and what may have changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gptb_ds.checkpoint.format import CheckpointError, Manifest
+
+
+def check_identity(manifest: Manifest, identity: dict[str, Any], folder: Path) -> None:
+    """Raises CheckpointError with one line for each thing that must be the same and is not, both values named."""
+    lines = [
+        f"{folder}: {key} was {manifest.identity.get(key)!r} when this was saved and is {value!r} now"
+        for key, value in identity.items()
+        if manifest.identity.get(key) != value
+    ]
+    if lines:
+        lines.append("set them back, name another --run.dir, or start anew with --run.resume never")
+        raise CheckpointError("\n".join(lines))
+
+
+def changed_settings(manifest: Manifest, setting: dict[str, Any]) -> list[str]:
+    """What may change and did, one phrase each."""
+    keys = sorted(manifest.setting.keys() | setting.keys())
+    return [
+        f"{key} {manifest.setting.get(key)!r} -> {setting.get(key)!r}"
+        for key in keys
+        if manifest.setting.get(key) != setting.get(key)
+    ]

@@ -1,0 +1,117 @@
+"""Reading a checkpoint: tensors by name and by global lane, whichever ranks wrote them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from gptb_ds.checkpoint.format import CheckpointError, read_manifest
+
+
+class CheckpointReader:
+    """Tensors of one checkpoint, read when asked for; nothing is loaded whole. `close` lets its files go."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError when a file's header can't be read."""
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._where: dict[tuple[str, str], str] = {}
+        self._open: dict[str, Any] = {}
+        self._lane_files: list[tuple[int, int, str]] = []
+        for name in self.manifest.files:
+            kind = name.split("-")[0]
+            if kind in ("model", "optimizer"):
+                self._where |= {(kind, key): name for key in self._file(name).keys()}
+            elif kind == "lanes":
+                start, stop = name.removesuffix(".safetensors").split("-")[1:]
+                self._lane_files.append((int(start), int(stop), name))
+        self._lane_files.sort()
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter in the checkpoint."""
+        return {key: self._shape(kind, key) for kind, key in self._where if kind == "model"}
+
+    def check_model(self, wanted: dict[str, tuple[int, ...]]) -> None:
+        """Raises CheckpointError unless weights and moments are float32 and have the names and shapes `wanted`."""
+        expected = {("model", name): shape for name, shape in wanted.items()}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            expected |= {("optimizer", f"{moment}/{name}"): shape for name, shape in wanted.items()}
+        for kind, key in sorted(expected.keys() ^ self._where.keys()):
+            where = "the model has no such parameter" if (kind, key) in self._where else "the checkpoint lacks it"
+            raise CheckpointError(f"{self.folder}: {kind} tensor {key!r}: {where}")
+        for (kind, key), shape in expected.items():
+            found, dtype = self._shape(kind, key), self._slice(kind, key).get_dtype()
+            if found != shape or dtype != "F32":
+                raise CheckpointError(
+                    f"{self.folder}: {kind} tensor {key!r} is {dtype} {found}, the model needs F32 {shape}"
+                )
+
+    def fetch(self, kind: str, name: str) -> torch.Tensor:
+        """The full float32 tensor of `kind` "weight", "exp_avg" or "exp_avg_sq" of a parameter."""
+        where = ("model", name) if kind == "weight" else ("optimizer", f"{kind}/{name}")
+        return self._file(self._where[where]).get_tensor(where[1])
+
+    def lanes(self, start: int, stop: int, state_shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """State, ordinal and offset of the global lanes [start, stop), whichever ranks wrote them.
+
+        Raises CheckpointError when a lane is missing or a tensor is not of shape (lanes, *state_shape) or (lanes,), or
+        of another kind of number.
+        """
+        parts: dict[str, list[torch.Tensor]] = {"state": [], "ordinal": [], "offset": []}
+        at = start
+        for first, last, name in self._lane_files:
+            low, high = max(first, at), min(last, stop)
+            if first <= at and low < high:
+                for key, pieces in parts.items():
+                    piece = self._piece(name, key)
+                    want = (last - first, *(state_shape if key == "state" else ()))
+                    dtypes = ("F32", "BF16", "F16") if key == "state" else ("I64",)
+                    if tuple(piece.get_shape()) != want or piece.get_dtype() not in dtypes:
+                        raise CheckpointError(
+                            f"{self.folder}: {name}: {key} is {piece.get_dtype()} {tuple(piece.get_shape())}, the run"
+                            f" needs {dtypes[0]} {want}"
+                        )
+                    pieces.append(piece[low - first : high - first])
+                at = high
+        if at != stop:
+            raise CheckpointError(f"{self.folder}: lane {at} is in no file")
+        return {key: torch.cat(pieces) for key, pieces in parts.items()}
+
+    def random_state(self, rank: int) -> dict[str, torch.Tensor]:
+        """The random state that `rank` had, by device type. Raises CheckpointError when it is none."""
+        for name in self.manifest.files:
+            if name.startswith("rng-"):
+                start, stop = (int(part) for part in name.removesuffix(".safetensors").split("-")[1:])
+                if start <= rank < stop:
+                    pieces = {key: self._piece(name, key) for key in ("cpu", *self._file(name).keys())}
+                    for key, piece in pieces.items():
+                        shape = tuple(piece.get_shape())
+                        if piece.get_dtype() != "U8" or len(shape) != 2 or shape[0] != stop - start:
+                            raise CheckpointError(f"{self.folder}: {name}: {key} is {piece.get_dtype()} {shape}")
+                    return {key: piece[rank - start] for key, piece in pieces.items()}
+        raise CheckpointError(f"{self.folder}: no random state of rank {rank}")
+
+    def _piece(self, name: str, key: str) -> Any:
+        if key not in self._file(name).keys():
+            raise CheckpointError(f"{self.folder}: {name} lacks the tensor {key!r}")
+        return self._file(name).get_slice(key)
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(str(self.folder / name), "pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self.folder}: {name} is not a safetensors file: {error}") from None
+        return self._open[name]
+
+    def _slice(self, kind: str, key: str) -> Any:
+        return self._file(self._where[kind, key]).get_slice(key)
+
+    def _shape(self, kind: str, key: str) -> tuple[int, ...]:
+        return tuple(self._slice(kind, key).get_shape())

@@ -1,0 +1,31 @@
+"""The verb `evaluate`: its arguments and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from gptb_ds.commands.arguments import options_of
+from gptb_ds.evaluation import EvaluateOptions, evaluate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a run, a checkpoint or an exported folder")
+    parser.add_argument("--data", required=True, nargs="+", metavar="DIR", help="store(s) made by `gptb-ds prepare`")
+    parser.add_argument("--split", default="validation", help="split of the store (default: validation)")
+    parser.add_argument("--lanes", type=int, default=64, help="documents read side by side (default: 64)")
+    parser.add_argument("--window", type=int, default=64, help="columns of one forward pass (default: 64)")
+    parser.add_argument("--max-tokens", type=int, help="stop after so many tokens (default: all)")
+    parser.add_argument("--max-document-tokens", type=int, help="cut longer documents into pieces")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the figures. Raises ValueError as `evaluate` does."""
+    result = evaluate(options_of(EvaluateOptions, args))
+    if args.json:
+        print(json.dumps(result))
+    else:
+        bits = result["eval_bits_per_byte"]
+        print(f"{result['targets']:,} targets: loss {result['eval_loss']:.4f} nats, {bits:.4f} bits per byte")
+    return 0
