@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from gptb_ds.config import below_one
-from gptb_ds.data.collator import Window, held_out_windows
-from gptb_ds.data.corpus import bytes_per_target, open_corpus
-from gptb_ds.data.tokenization import describe, fingerprint
+from gptb_ds.data.corpus import open_corpus
+from gptb_ds.data.held_out import held_out_windows
+from gptb_ds.data.tokenization import fingerprint, tokenizer_name
+from gptb_ds.data.window import Window
 from gptb_ds.distributed.world import World
 from gptb_ds.loading import load_any
 from gptb_ds.model.objective import WindowObjective
@@ -35,11 +36,10 @@ def held_out_loss(
     """
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     for window in windows:
-        moved = [None if t is None else t.to(world.device) for t in (window.input_ids, window.targets, window.reset)]
-        weights = None if window.weights is None else window.weights.to(world.device)
-        loss, state_BSE = objective(*moved, state_BSE, weights)
+        total[1] += window.counted
+        window = window.to(world.device)
+        loss, state_BSE = objective(window.input_ids, window.targets, window.reset, state_BSE, window.loss_weights)
         total[0] += loss.double()
-        total[1] += window.input_ids.numel() if weights is None else weights.double().sum()
         if not goes_on():
             return None
     loss_sum, count = world.sum(total).tolist()
@@ -78,7 +78,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, float | int]:
     if fingerprint(tokenizer) != corpus.tokenizer_fingerprint:
         raise ValueError(
             f"--data {' '.join(options.data)}: its tokens are of {corpus.tokenizer}, those of {options.model} of"
-            f" {describe(tokenizer)}; prepare the text with the model's tokenizer"
+            f" {tokenizer_name(tokenizer)}; prepare the text with the model's tokenizer"
         )
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     objective = WindowObjective(model.to(world.device)).eval()  # type: ignore[arg-type]
@@ -97,4 +97,4 @@ def evaluate(options: EvaluateOptions) -> dict[str, float | int]:
     loss, count = measured
     if count == 0:
         raise ValueError(f"--data {' '.join(options.data)}: split '{options.split}' has no counted target")
-    return metrics_of(loss, bytes_per_target(corpus.stores, options.max_document_tokens)) | {"targets": int(count)}
+    return metrics_of(loss, corpus.bytes_per_target(options.max_document_tokens)) | {"targets": int(count)}

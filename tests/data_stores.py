@@ -11,7 +11,8 @@ import pytest
 
 from gptb_ds.cli import parse
 from gptb_ds.commands.prepare import run
-from gptb_ds.data.documents import DocumentStore, load_tokenizer, open_store
+from gptb_ds.data.corpus import Corpus, open_corpus
+from gptb_ds.data.documents import load_tokenizer, open_store
 from gptb_ds.data.writer import SplitWriter, write_manifest
 
 EOT = 1
@@ -50,9 +51,14 @@ def write_store(
     return path
 
 
-def make_store(folder: Path, documents: Sequence[Sequence[int]], **options: object) -> DocumentStore:
+def make_corpus(folder: Path, documents: Sequence[Sequence[int]], **options: object) -> Corpus:
     """`write_store`, opened for training."""
-    return open_store(write_store(folder, documents, **options))  # type: ignore[arg-type]
+    return open_corpus([write_store(folder, documents, **options)])  # type: ignore[arg-type]
+
+
+def together(corpora: Sequence[Corpus], shares: Sequence[float] | None) -> Corpus:
+    """The stores of all these as one corpus."""
+    return Corpus([store for corpus in corpora for store in corpus.stores], shares)
 
 
 def prepare(*arguments: object) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gptb_ds.commands.arguments import options_of
 from gptb_ds.config import below_one
-from gptb_ds.data.describe import describe
-from gptb_ds.data.documents import verify
+from gptb_ds.data.describe import describe_store
+from gptb_ds.data.documents import verify_store
 from gptb_ds.data.prepare import PrepareOptions, prepare
 
 
@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     if errors := below_one(args, "lanes", "window", "max_document_tokens"):
         raise ValueError("\n".join(errors))
     if args.verify:
-        verify(args.describe)
-    print(describe(Path(args.describe), args.lanes, args.window, args.max_document_tokens))
+        verify_store(args.describe)
+    print(describe_store(Path(args.describe), args.lanes, args.window, args.max_document_tokens))
     if args.verify:
         print("verified: every byte is as it was written")
     return 0

@@ -67,7 +67,7 @@ def build(
         work,
         {
             **facts,
-            "tokenizer": tokenization.describe(made),
+            "tokenizer": tokenization.tokenizer_name(made),
             "tokenizer_fingerprint": tokenization.fingerprint(made),
             "vocab_size": encoder.vocab_size,
             "eot_id": encoder.eot,

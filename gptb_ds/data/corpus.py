@@ -1,4 +1,4 @@
-"""A corpus of several stores that train together."""
+"""A corpus: one store, or several that train together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from gptb_ds.data.documents import DocumentStore, open_store
 from gptb_ds.data.lanes import Pieces
 
 
-class Mixture:
-    """Several stores as one corpus, with the attributes of a store.
+class Corpus:
+    """One or more stores that are read together.
 
-    Without `weights` it reads like one large store: every document of all stores once an epoch. With weights each store
+    Without `shares` they read like one large store: every document of all of them once an epoch. With shares each store
     gives its share of the inputs (tokens and EOTs) and has epochs of its own.
     """
 
-    def __init__(self, stores: Sequence[DocumentStore], weights: Sequence[float] | None) -> None:
+    def __init__(self, stores: Sequence[DocumentStore], shares: Sequence[float] | None = None) -> None:
+        """`shares` are scaled to a sum of 1. Raises ValueError when the stores' tokenizers differ."""
         first = stores[0]
         for store in stores[1:]:
             if store.tokenizer_fingerprint != first.tokenizer_fingerprint:
@@ -27,40 +28,36 @@ class Mixture:
                     " a mixture needs equal tokenizers: prepare one of them again with the other's"
                 )
         self.stores = tuple(stores)
-        self.weights = None if weights is None else tuple(w / sum(weights) for w in weights)
-        self.path, self.split = first.path, first.split
+        self.shares = None if shares is None or len(stores) == 1 else tuple(share / sum(shares) for share in shares)
         self.tokenizer, self.tokenizer_fingerprint = first.tokenizer, first.tokenizer_fingerprint
         self.vocab_size, self.eot_id = first.vocab_size, first.eot_id
         self.num_documents = sum(store.num_documents for store in stores)
         self.num_tokens = sum(store.num_tokens for store in stores)
         self.num_bytes = sum(store.num_bytes for store in stores)
-        parts = [store.fingerprint for store in stores] + [repr(self.weights)]
-        self.fingerprint = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
+        self.fingerprint = first.fingerprint
+        if len(stores) > 1:
+            parts = [store.fingerprint for store in stores] + [repr(self.shares)]
+            self.fingerprint = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
+
+    def bytes_per_target(self, max_document_tokens: int | None = None) -> float:
+        """Text bytes for each target (a piece's tokens and its EOT): nats per target become bits per byte by it.
+
+        Of all documents once, or of each store's share.
+        """
+        targets = [Pieces(store.offsets, max_document_tokens).inputs for store in self.stores]
+        shares = self.shares or [count / sum(targets) for count in targets]
+        return sum(
+            share * store.num_bytes / count for share, store, count in zip(shares, self.stores, targets, strict=True)
+        )
 
 
-def bytes_per_target(
-    stores: Sequence[DocumentStore], max_document_tokens: int | None = None, weights: Sequence[float] | None = None
-) -> float:
-    """Text bytes for each target (a piece's tokens and its EOT), by which nats per target become bits per byte.
+def open_corpus(paths: Sequence[str | Path], shares: Sequence[float] | None = None, split: str = "train") -> Corpus:
+    """Opens the stores at `paths` as one corpus, with a share of the inputs for each.
 
-    Of all documents once, or of `weights`, the share of the targets that each store gives (their sum is 1).
-    """
-    targets = [Pieces(store.offsets, max_document_tokens).inputs for store in stores]
-    if weights is None:
-        weights = [count / sum(targets) for count in targets]
-    return sum(w * store.num_bytes / count for w, store, count in zip(weights, stores, targets, strict=True))
-
-
-def open_corpus(
-    paths: Sequence[str | Path], weights: Sequence[float] | None = None, split: str = "train"
-) -> DocumentStore | Mixture:
-    """Opens the stores at `paths`: one store as it is, several as a mixture with a share of the inputs for each.
-
-    Raises ValueError: no path, a store that does not open, weights that do not fit, tokenizers that differ.
+    Raises ValueError: no path, a store that does not open, shares that do not fit, tokenizers that differ.
     """
     if not paths:
         raise ValueError("data.path is empty; give a store made by gptb-ds prepare")
-    if weights is not None and (len(weights) != len(paths) or not all(0 < w < math.inf for w in weights)):
-        raise ValueError(f"data.weights {list(weights)}: give one number above 0 for each of {len(paths)} stores")
-    stores = [open_store(path, split) for path in paths]
-    return stores[0] if len(stores) == 1 else Mixture(stores, weights)
+    if shares is not None and (len(shares) != len(paths) or not all(0 < share < math.inf for share in shares)):
+        raise ValueError(f"data.weights {list(shares)}: give one number above 0 for each of {len(paths)} stores")
+    return Corpus([open_store(path, split) for path in paths], shares)

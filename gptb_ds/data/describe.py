@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gptb_ds.data.documents import SPLITS, open_store, read_manifest
+from gptb_ds.data.documents import SPLITS, open_store, read_store_manifest
 from gptb_ds.data.lanes import Pieces
 
 _LANES = (64, 256, 1024, 4096, 16384)
 _BAR = 40
 
 
-def describe(path: Path, lanes: int | None, window: int, max_document_tokens: int | None) -> str:
+def describe_store(path: Path, lanes: int | None, window: int, max_document_tokens: int | None) -> str:
     """Documents, tokens, lengths, tokenizer, fingerprint, and the windows of an epoch for some numbers of lanes.
 
     Raises ValueError as `open_store` does.
     """
-    manifest = read_manifest(path)
+    manifest = read_store_manifest(path)
     lines = [
         f"store        {path}",
         f"fingerprint  {manifest['fingerprint']}",

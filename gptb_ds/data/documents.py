@@ -55,16 +55,6 @@ class DocumentStore:
         if manifest["weighted"]:
             self.counted = _map(path / split / "counted.bin", "uint8", scattered=True)
 
-    @property
-    def stores(self) -> tuple[DocumentStore, ...]:
-        """The stores of this corpus: itself. A mixture has several."""
-        return (self,)
-
-    @property
-    def weights(self) -> tuple[float, ...] | None:
-        """Shares of a mixture: none here."""
-        return None
-
     def document(self, index: int) -> npt.NDArray[Any]:
         """The tokens (n,) of one document, without its EOT."""
         return self.tokens[self.offsets[index] + 1 : self.offsets[index + 1]]
@@ -76,12 +66,12 @@ def open_store(path: str | Path, split: str = "train") -> DocumentStore:
     What opening guarantees: the manifest is whole and unaltered; every file of the split and of the tokenizer has its
     size; files up to 16 MiB have their checksum; of larger ones 256 blocks of 64 KiB, the first, the last and evenly
     spread ones, have theirs. So a truncated, mixed up, regenerated or shifted file is noticed; a few flipped bytes in a
-    large file are noticed by `verify`, which reads everything.
+    large file are noticed by `verify_store`, which reads everything.
 
     Raises ValueError, in one line, when there is no store, it is incomplete or altered, or the split has no documents.
     """
     path = Path(path)
-    manifest = read_manifest(path)
+    manifest = read_store_manifest(path)
     if split not in manifest["splits"]:
         raise ValueError(f"{path}: no split '{split}'; choose one of {', '.join(SPLITS)}")
     if not manifest["splits"][split]["documents"]:
@@ -96,7 +86,7 @@ def open_store(path: str | Path, split: str = "train") -> DocumentStore:
     return store
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_store_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a store, checked against its own fingerprint. Raises ValueError, in one line."""
     try:
         manifest = json.loads((path / "store.json").read_text())
@@ -116,17 +106,17 @@ def load_tokenizer(path: str | Path) -> Any:
     """The transformers tokenizer that is saved in a store. Needs no network."""
     from transformers import AutoTokenizer
 
-    read_manifest(Path(path))
+    read_store_manifest(Path(path))
     return AutoTokenizer.from_pretrained(Path(path) / "tokenizer", local_files_only=True)
 
 
-def verify(path: str | Path) -> None:
+def verify_store(path: str | Path) -> None:
     """Reads a whole store: every checksum, ascending offsets, EOT at every start, token ids inside the vocabulary.
 
     Raises ValueError, in one line, for the first thing that is wrong.
     """
     path = Path(path)
-    manifest = read_manifest(path)
+    manifest = read_store_manifest(path)
     for name, facts in manifest["files"].items():
         _check_file(path, name, facts)
         if sha256_of(path / name) != facts["sha256"]:

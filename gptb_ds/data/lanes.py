@@ -144,14 +144,14 @@ class Pieces:
 class ShuffledOrder:
     """The endless document sequence `D(j)`: each epoch a fresh keyed permutation of all pieces of all sources.
 
-    With `weights` (share of the inputs for each source) every source has epochs of its own and a block of picks holds
+    With `shares` (of the inputs, for each source) every source has epochs of its own and a block of picks holds
     each source in proportion, in an order that is permuted block by block.
     """
 
-    def __init__(self, sources: Sequence[Pieces], seed: int, weights: Sequence[float] | None = None) -> None:
+    def __init__(self, sources: Sequence[Pieces], seed: int, shares: Sequence[float] | None = None) -> None:
         self._sources, self._seed = sources, seed
         self._firsts = np.cumsum([0] + [pieces.count for pieces in sources])
-        self._picks = None if weights is None else np.cumsum([0] + _picks(sources, weights))
+        self._picks = None if shares is None else np.cumsum([0] + _picks(sources, shares))
 
     def __call__(self, ordinal: Ints) -> tuple[Ints, Ints, Ints]:
         if self._picks is None:
@@ -198,9 +198,9 @@ def _split(sources: Sequence[Pieces], firsts: Ints, number: Ints) -> tuple[Ints,
     return source, start, length
 
 
-def _picks(sources: Sequence[Pieces], weights: Sequence[float]) -> list[int]:
-    """How many of MIX_BLOCK picks fall to each source so that its share of the *inputs* is its weight."""
-    rates = np.array([w * p.count / p.inputs for w, p in zip(weights, sources, strict=True)])
+def _picks(sources: Sequence[Pieces], shares: Sequence[float]) -> list[int]:
+    """How many of MIX_BLOCK picks fall to each source so that its part of the *inputs* is its share."""
+    rates = np.array([share * p.count / p.inputs for share, p in zip(shares, sources, strict=True)])
     exact = rates / rates.sum() * MIX_BLOCK
     picks = np.maximum(1, np.floor(exact)).astype(np.int64)
     for s in np.argsort(picks - exact, kind="stable")[: max(0, MIX_BLOCK - int(picks.sum()))]:
@@ -221,8 +221,8 @@ class Fragments:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One window. `first` has one fragment for each lane, in lane order; `later` those after a document's end.
+class CopyPlan:
+    """What a window copies. `first` has a fragment for each lane, in lane order; `later` those after a document's end.
 
     A document starts at (`reset_lane`, `reset_column`); column K there means that it starts the next window.
     """
@@ -244,8 +244,17 @@ class Cursor:
         self.ordinal, self.offset = ordinal.copy(), offset.copy()
         self.source, self.start, self.length = order(self.ordinal)
 
-    def advance(self, window: int) -> Plan:
-        """Moves every lane on by `window` inputs and says what they were."""
+    def advance(self, window: int) -> CopyPlan:
+        """Moves every lane on by `window` inputs and says what they were.
+
+        All lanes are moved at once, in rounds: in each round the lanes that still have columns to fill read one more
+        fragment, to the end of their document or of the window. After the first round only those are left whose
+        document ended inside the window. So the number of rounds is the most documents that one lane begins in the
+        window, and an array operation serves all lanes of a round; a loop over lanes would take a hundred times as
+        long. A document that ends exactly at the window's edge is left at once: the lane's next one is looked up now,
+        and its reset is noted at column `window`, where `fill_window` needs its EOT as the last target. That keeps the
+        promise that between windows `offset` is below the document's length.
+        """
         fresh = np.flatnonzero(self.offset == 0)
         resets = [(fresh, np.zeros_like(fresh))]
         lane, column = np.arange(len(self.ordinal)), np.zeros_like(self.ordinal)
@@ -268,7 +277,7 @@ class Cursor:
         none = np.zeros(0, dtype=np.int64)
         later = [np.concatenate([none, *(getattr(r, f) for r in rounds[1:])]) for f in Fragments.__dataclass_fields__]
         reset_lane, reset_column = (np.concatenate(parts) for parts in zip(*resets, strict=True))
-        return Plan(rounds[0], Fragments(*later), reset_lane, reset_column)
+        return CopyPlan(rounds[0], Fragments(*later), reset_lane, reset_column)
 
     def _next_document(self, lane: Ints) -> None:
         self.ordinal[lane] += self._stride

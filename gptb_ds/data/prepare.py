@@ -15,7 +15,7 @@ from filelock import FileLock
 from gptb_ds.config import below_one
 from gptb_ds.data import tokenization
 from gptb_ds.data.build import build
-from gptb_ds.data.documents import FORMAT, SPLITS, read_manifest
+from gptb_ds.data.documents import FORMAT, SPLITS, read_store_manifest
 from gptb_ds.data.encoding import Fields
 from gptb_ds.data.sources import Reading, Source, find_sources
 from gptb_ds.data.writer import replacing
@@ -150,7 +150,7 @@ def _existing(out: Path, recipe: str, overwrite: bool) -> dict[str, Any] | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        manifest = read_manifest(out)
+        manifest = read_store_manifest(out)
     except ValueError:
         if overwrite and (out / "store.json").is_file():
             return None

@@ -197,7 +197,7 @@ def _selected(data: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def read_records(kind: str, files: list[str], separator: str | None) -> Iterator[dict[str, Any]]:
-    """The raw records of text, json or csv files, in order; a file that breaks off ends with an error record."""
+    """The raw records of text, json or csv files, in order. A file that breaks off gives an error record."""
     readers = {"text": _read_text, "json": _read_json, "csv": _read_csv}
     for file in files:
         where = file
@@ -246,7 +246,10 @@ def _read_json(file: Path, _: str | None) -> _Records:
 
 
 def _json_array(text: str) -> Iterator[Any]:
-    """Its elements one by one, so that those before a mistake are had. Raises ValueError where it is not an array."""
+    """The elements of a JSON array, one at a time: a mistake in the text costs only the elements after it.
+
+    Raises ValueError at the mistake.
+    """
     decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
 
     def skip(at: int) -> int:

@@ -17,7 +17,7 @@ END = "<|endoftext|>"
 def load(spec: str, texts: Iterator[str]) -> Any:
     """The tokenizer of `--tokenizer`: `bytes`, `bpe:SIZE` (trained on `texts`), a store, a folder or a hub name.
 
-    Raises ValueError, in one line, when it cannot be had.
+    Raises ValueError, in one line, when there is no such tokenizer or it cannot be read.
     """
     from transformers import AutoTokenizer, ByT5Tokenizer
 
@@ -56,8 +56,8 @@ def eot_id(tokenizer: Any) -> int:
         if token is not None:
             return int(token)
     raise ValueError(
-        f"the tokenizer {describe(tokenizer)} has neither an end nor a beginning of sequence token to part documents;"
-        " set its eos_token and save it again"
+        f"the tokenizer {tokenizer_name(tokenizer)} has neither an end nor a beginning of sequence token to part"
+        " documents; set its eos_token and save it again"
     )
 
 
@@ -66,7 +66,7 @@ def vocab_size(tokenizer: Any) -> int:
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
-def describe(tokenizer: Any) -> str:
+def tokenizer_name(tokenizer: Any) -> str:
     """A short name for people."""
     if is_bytes(tokenizer):
         return "bytes"

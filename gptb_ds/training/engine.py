@@ -139,7 +139,9 @@ class Engine:
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         states = []
         for window, state in groups:
-            loss, new_state = self._deepspeed(window.input_ids, window.targets, window.reset, state, window.weights)
+            loss, new_state = self._deepspeed(
+                window.input_ids, window.targets, window.reset, state, window.loss_weights
+            )
             # A loss that is not finite makes its gradients so: then every rank learns of it, and skips.
             self._deepspeed.backward(loss * torch.where(loss.detach().isfinite(), scale, math.nan))
             total += loss.detach().double()

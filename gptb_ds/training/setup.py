@@ -20,9 +20,10 @@ from gptb_ds.checkpoint.reader import CheckpointReader
 from gptb_ds.checkpoint.resume import choose_checkpoint
 from gptb_ds.checkpoint.writer import SaveError
 from gptb_ds.config import Config, ConfigError, divisors, save_config
-from gptb_ds.data.collator import Corpus, LaneCollator, Prefetcher, held_out_windows
-from gptb_ds.data.corpus import bytes_per_target, open_corpus
+from gptb_ds.data.collator import LaneCollator
+from gptb_ds.data.corpus import Corpus, open_corpus
 from gptb_ds.data.documents import load_tokenizer
+from gptb_ds.data.held_out import held_out_windows
 from gptb_ds.distributed.error_report import report
 from gptb_ds.distributed.join import join, leave
 from gptb_ds.distributed.watchdog import Watchdog
@@ -134,7 +135,7 @@ def _set_up(
         plan,
         world,
         engine,
-        Prefetcher(inputs.collator),
+        inputs.collator,
         _empty_state(config, config.data.lanes // world.size, engine),
         optim=config.optim,
         train=config.train,
@@ -225,6 +226,7 @@ def _read_inputs(config: Config, world: World) -> _Inputs:
         rank=world.rank,
         world_size=world.size,
         max_document_tokens=config.data.max_document_tokens,
+        ahead=2,
     )
     identity: dict[str, Any] = {
         "data": collator.fingerprint,
@@ -245,7 +247,7 @@ def _read_inputs(config: Config, world: World) -> _Inputs:
     setting |= {f"train.{key}": value for key, value in config.train.model_dump().items() if key != "seed"}
     setting |= {"model.dropout": config.model.dropout, "world_size": world.size, "zero_stage": zero_stage(policy)}
     setting |= offload_devices(policy)
-    target_bytes = bytes_per_target(corpus.stores, config.data.max_document_tokens, corpus.weights)
+    target_bytes = corpus.bytes_per_target(config.data.max_document_tokens)
     plan = Plan(config.data.lanes, config.data.window, target_bytes, identity, setting)
     with_held_out = [store.path for store in corpus.stores if store.manifest["splits"]["validation"]["documents"]]
     held_out = open_corpus(with_held_out, None, "validation") if with_held_out else None
@@ -278,7 +280,7 @@ def _empty_state(config: Config, lanes: int, engine: Engine) -> torch.Tensor:
 
 def _evaluation(config: Config, world: World, engine: Engine, held_out: Corpus) -> Callable[..., Any]:
     """The trainer's `evaluate`."""
-    target_bytes = bytes_per_target(held_out.stores, config.data.max_document_tokens)
+    target_bytes = held_out.bytes_per_target(config.data.max_document_tokens)
 
     def evaluate(goes_on: Callable[[], bool]) -> dict[str, float] | None:
         lanes = config.data.lanes // config.train.lane_groups

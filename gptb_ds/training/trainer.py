@@ -19,7 +19,8 @@ from gptb_ds.checkpoint.format import CheckpointError, Manifest
 from gptb_ds.checkpoint.reader import CheckpointReader
 from gptb_ds.checkpoint.writer import CheckpointWriter, SaveError, assign_parameters
 from gptb_ds.config import OptimConfig, RunConfig, TrainConfig
-from gptb_ds.data.collator import Prefetcher, Window
+from gptb_ds.data.collator import LaneCollator
+from gptb_ds.data.window import Window
 from gptb_ds.distributed.watchdog import Watchdog
 from gptb_ds.distributed.world import World, derive_seed
 from gptb_ds.training.engine import Engine, UpdateResult
@@ -63,7 +64,7 @@ class Trainer:
         plan: Plan,
         world: World,
         engine: Engine,
-        windows: Prefetcher,
+        windows: LaneCollator,
         state_BSE: torch.Tensor,
         *,
         optim: OptimConfig,
@@ -130,12 +131,11 @@ class Trainer:
 
     def _update(self, window: Window, lr: float) -> UpdateResult:
         """One window through the engine; afterwards `states` and the counters stand at its edge."""
-        device = self.world.device
-        window = Window(*(_to(tensor, device) for tensor in _tensors(window)))
         counted = float(self.plan.lanes * self.plan.window)
-        if window.weights is not None:
-            counted = self.world.sum(window.weights.double().sum()).item()
-        groups = list(zip(_split(window, self.train.lane_groups), self.states, strict=True))
+        if window.loss_weights is not None:
+            counted = self.world.sum(torch.tensor(window.counted, dtype=torch.float64, device=self.world.device)).item()
+        window = window.to(self.world.device)
+        groups = list(zip(window.split_lanes(self.train.lane_groups), self.states, strict=True))
         result, self.states = self.engine.update(groups, lr, counted)
         self.at.update += 1
         if result.applied:
@@ -344,22 +344,6 @@ class Trainer:
     def _fetch(self, reader: CheckpointReader, kind: str, name: str) -> torch.Tensor:
         self.watchdog.progress_made(f"loading {kind} of {name}")
         return reader.fetch(kind, name)
-
-
-def _tensors(window: Window) -> tuple[torch.Tensor | None, ...]:
-    return window.input_ids, window.targets, window.reset, window.weights
-
-
-def _to(tensor: torch.Tensor | None, device: torch.device) -> Any:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
-
-
-def _split(window: Window, groups: int) -> list[Window]:
-    """The window's lanes in `groups` equal neighbouring parts."""
-    if groups == 1:
-        return [window]
-    parts = [[None] * groups if t is None else t.chunk(groups, dim=1) for t in _tensors(window)]
-    return [Window(*tensors) for tensors in zip(*parts, strict=True)]
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

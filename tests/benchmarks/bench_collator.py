@@ -25,6 +25,7 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from gptb_ds.data.collator import LaneCollator
+from gptb_ds.data.corpus import Corpus
 from gptb_ds.data.documents import DocumentStore, open_store
 from gptb_ds.data.prepare import PrepareOptions, prepare
 from gptb_ds.data.writer import write_manifest
@@ -35,7 +36,7 @@ DOCUMENTS, MEAN = 10_000_000, 499
 
 def ours(store: DocumentStore, lanes: int, window: int) -> Batches:
     """This project's collator."""
-    collator = LaneCollator(store, lanes=lanes, window=window, seed=0)
+    collator = LaneCollator(Corpus([store]), lanes=lanes, window=window, seed=0)
     while True:
         made = collator.next_window()
         yield made.input_ids, made.targets
@@ -207,7 +208,7 @@ def first_window(path: str, lanes: int, window: int) -> None:
     before, began = own_memory(), time.perf_counter()
     store = open_store(path)
     opened = time.perf_counter() - began
-    collator = LaneCollator(store, lanes=lanes, window=window, seed=0)
+    collator = LaneCollator(Corpus([store]), lanes=lanes, window=window, seed=0)
     collator.next_window()
     first = time.perf_counter() - began
     for _ in range(200):

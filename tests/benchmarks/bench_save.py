@@ -18,7 +18,7 @@ import torch
 from gptb_ds.checkpoint.format import Manifest
 from gptb_ds.checkpoint.writer import CheckpointWriter
 from gptb_ds.config import OptimConfig
-from gptb_ds.data.collator import Window
+from gptb_ds.data.window import Window
 from gptb_ds.distributed.join import join
 from gptb_ds.model.configuration import GPTBConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptb_ds.config import OptimConfig
-from gptb_ds.data.collator import Window
+from gptb_ds.data.window import Window
 from gptb_ds.distributed.world import World
 from gptb_ds.model.configuration import GPTBConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
@@ -63,8 +63,8 @@ def one_process(tied: bool, weighted: bool) -> tuple[list[float], list[float], d
     losses, norms, first = [], [], {}
     for update in range(UPDATES):
         window = columns(update, 0, LANES, weighted)
-        total, state = objective(window.input_ids, window.targets, window.reset, state, window.weights)
-        loss = total / (window.input_ids.numel() if window.weights is None else window.weights.sum())
+        total, state = objective(window.input_ids, window.targets, window.reset, state, window.loss_weights)
+        loss = total / (window.input_ids.numel() if window.loss_weights is None else window.loss_weights.sum())
         optimizer.zero_grad()
         loss.backward()
         first = first or {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -92,7 +92,9 @@ def train(world: World, stage: int, precision: str, groups: int, tied: bool, wei
     for update in range(UPDATES):
         start = world.rank * LANES // world.size
         parts = [columns(update, start + g * size, start + (g + 1) * size, weighted) for g in range(groups)]
-        targets = [float(p.input_ids.numel()) if p.weights is None else p.weights.double().sum() for p in parts]
+        targets = [
+            float(p.input_ids.numel()) if p.loss_weights is None else p.loss_weights.double().sum() for p in parts
+        ]
         counted = world.sum(torch.tensor(sum(targets), dtype=torch.float64)).item()
         result, states = engine.update(list(zip(parts, states, strict=True)), OPTIM.lr, counted)
         assert result.applied

@@ -19,10 +19,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptb_ds.data.collator import Corpus, LaneCollator, Prefetcher, Window
-from gptb_ds.data.corpus import Mixture
+from gptb_ds.data.collator import LaneCollator
+from gptb_ds.data.corpus import Corpus
 from gptb_ds.data.lanes import Pieces, ShuffledOrder
-from tests.data_stores import EOT, make_store, numbered_documents
+from gptb_ds.data.window import Window
+from tests.data_stores import EOT, make_corpus, numbered_documents, together
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,7 +36,7 @@ def short_blocks() -> Iterator[None]:
 
 def reference_lane(corpus: Corpus, lane: int, lanes: int, seed: int, columns: int, limit: int | None) -> np.ndarray:
     """Inputs, targets, resets, weights and ordinal (5, T) of one lane, token by token."""
-    order = ShuffledOrder([Pieces(s.offsets, limit) for s in corpus.stores], seed, corpus.weights)
+    order = ShuffledOrder([Pieces(s.offsets, limit) for s in corpus.stores], seed, corpus.shares)
     stream: list[tuple[int, int, int, int, int]] = []
     ordinals = np.arange(lane, lane + columns * lanes, lanes)  # a document has at least one column
     for j, source, start, length in zip(ordinals, *order(ordinals), strict=True):
@@ -51,7 +52,7 @@ def reference_lane(corpus: Corpus, lane: int, lanes: int, seed: int, columns: in
 
 def joined(windows: list[Window]) -> np.ndarray:
     """Inputs, targets, resets, weights (4, T, B) of windows one after another."""
-    ones = [torch.ones_like(w.input_ids) if w.weights is None else w.weights for w in windows]
+    ones = [torch.ones_like(w.input_ids) if w.loss_weights is None else w.loss_weights for w in windows]
     fields = [
         torch.cat([w.input_ids for w in windows]),
         torch.cat([w.targets for w in windows]),
@@ -61,7 +62,7 @@ def joined(windows: list[Window]) -> np.ndarray:
     return np.stack([f.numpy().astype(np.int64) for f in fields])
 
 
-def take(collator: LaneCollator | Prefetcher, count: int) -> np.ndarray:
+def take(collator: LaneCollator, count: int) -> np.ndarray:
     """The next `count` windows, joined."""
     return joined([collator.next_window() for _ in range(count)])
 
@@ -90,10 +91,8 @@ def corpus_of(case: dict, folder: Path) -> Corpus:
     stores = []
     for lengths in case["lengths"]:
         masks = [rng.integers(0, 2, n + 1).tolist() for n in lengths] if case["masked"] else None
-        stores.append(make_store(folder, numbered_documents(lengths), counted=masks))
-    if len(stores) == 1:
-        return stores[0]
-    return Mixture(stores, [s + 1.0 for s in range(len(stores))] if case["weighted"] else None)
+        stores.append(make_corpus(folder, numbered_documents(lengths), counted=masks))
+    return together(stores, [s + 1.0 for s in range(len(stores))] if case.get("weighted") else None)
 
 
 def check_exact(case: dict, corpus: Corpus, windows: int) -> np.ndarray:
@@ -144,7 +143,7 @@ def test_every_document_comes_once_an_epoch_in_one_lane(case: dict) -> None:
     documents = [tuple(d) for d in numbered_documents(lengths)]
     lanes, count = case["lanes"], len(lengths)
     with tempfile.TemporaryDirectory() as folder:
-        corpus = make_store(Path(folder), documents)
+        corpus = make_corpus(Path(folder), documents)
         collator = LaneCollator(corpus, lanes=lanes, window=case["window"], seed=case["seed"])
         # Enough for every lane to end its share of two epochs.
         columns = (2 * count // lanes + 2) * (max(lengths) + 1) + case["window"]
@@ -164,7 +163,7 @@ def test_every_document_comes_once_an_epoch_in_one_lane(case: dict) -> None:
     [pytest.param((1, 2, 3, 7, 64), id="some"), pytest.param(range(1, 65), id="all", marks=pytest.mark.slow)],
 )
 def test_same_columns_on_every_world_size(tmp_path: Path, world_sizes: Sequence[int]) -> None:
-    corpus = make_store(tmp_path, numbered_documents([0, 1, 2, 6, 7, 8, 100, 13, 13, 0, 5]))
+    corpus = make_corpus(tmp_path, numbered_documents([0, 1, 2, 6, 7, 8, 100, 13, 13, 0, 5]))
     for world in world_sizes:
         lanes, limit = world * 3, 6 if world % 2 else None
         whole = LaneCollator(corpus, lanes=lanes, window=7, seed=11, max_document_tokens=limit)
@@ -187,9 +186,9 @@ def test_restored_at_every_edge_on_other_world_sizes(
     lengths = [0, 1, 2, 3, 4, 5, 40, 9, 9, 0, 5]
     rng = np.random.default_rng(0)
     masks = [rng.integers(0, 2, n + 1).tolist() for n in lengths] if masked else None
-    corpus: Corpus = make_store(tmp_path, numbered_documents(lengths), counted=masks)
+    corpus: Corpus = make_corpus(tmp_path, numbered_documents(lengths), counted=masks)
     if weights:
-        corpus = Mixture([corpus, make_store(tmp_path, numbered_documents([3, 0, 8]))], weights)
+        corpus = together([corpus, make_corpus(tmp_path, numbered_documents([3, 0, 8]))], weights)
     lanes, window, total = 12, 4, 11  # 528 inputs: five epochs of 89
 
     def collators(world: int) -> list[LaneCollator]:
@@ -219,7 +218,7 @@ def test_restored_at_every_edge_on_other_world_sizes(
 
 
 def test_a_position_of_something_else_is_refused(tmp_path: Path) -> None:
-    corpus = make_store(tmp_path, numbered_documents([3, 4, 5]))
+    corpus = make_corpus(tmp_path, numbered_documents([3, 4, 5]))
     collator = LaneCollator(corpus, lanes=4, window=2, seed=0, rank=1, world_size=2)
     good = collator.state_dict()
     for wrong, message in [
@@ -237,31 +236,31 @@ def test_a_position_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_window_types_and_fingerprint(tmp_path: Path) -> None:
-    corpus = make_store(tmp_path, numbered_documents([3, 4, 5]))
+    corpus = make_corpus(tmp_path, numbered_documents([3, 4, 5]))
     window = LaneCollator(corpus, lanes=4, window=2, seed=0).next_window()
     assert window.input_ids.shape == window.targets.shape == window.reset.shape == (2, 4)
     assert window.input_ids.dtype == window.targets.dtype == torch.int64
-    assert window.reset.dtype == torch.bool and window.weights is None
+    assert window.reset.dtype == torch.bool and window.loss_weights is None
     assert window.input_ids.is_contiguous() and window.targets.is_contiguous() and window.reset.is_contiguous()
-    other = make_store(tmp_path, numbered_documents([3, 4, 6]))
+    other = make_corpus(tmp_path, numbered_documents([3, 4, 6]))
 
     def fingerprint(corpus: Corpus, **options: int) -> str:
         return LaneCollator(corpus, **{"lanes": 4, "window": 2, "seed": 0, **options}).fingerprint
 
-    prints = [fingerprint(c) for c in (corpus, other, Mixture([corpus, other], None), Mixture([corpus, other], [1, 2]))]
+    prints = [
+        fingerprint(c) for c in (corpus, other, together([corpus, other], None), together([corpus, other], [1, 2]))
+    ]
     prints.append(fingerprint(corpus, max_document_tokens=3))
     assert len(set(prints)) == 5
-    again = make_store(tmp_path, numbered_documents([3, 4, 5]))  # equal content at another place
+    again = make_corpus(tmp_path, numbered_documents([3, 4, 5]))  # equal content at another place
     assert fingerprint(again, seed=3, window=9) == prints[0]
 
 
-def test_prefetcher_hands_out_the_same_windows_and_positions(tmp_path: Path) -> None:
-    corpus = make_store(tmp_path, numbered_documents([0, 1, 2, 30, 7]))
+def test_reading_ahead_gives_the_same_windows_and_positions(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, numbered_documents([0, 1, 2, 30, 7]))
 
-    def collator() -> LaneCollator:
-        return LaneCollator(corpus, lanes=6, window=5, seed=2)
-
-    plain, ahead = collator(), Prefetcher(collator(), depth=3)
+    plain = LaneCollator(corpus, lanes=6, window=5, seed=2)
+    ahead = LaneCollator(corpus, lanes=6, window=5, seed=2, ahead=3)
     for _ in range(12):
         assert np.array_equal(take(plain, 1), take(ahead, 1))
         for name, tensor in plain.state_dict().items():
@@ -279,22 +278,23 @@ def test_prefetcher_hands_out_the_same_windows_and_positions(tmp_path: Path) -> 
     assert not any(thread.name == "windows" for thread in threading.enumerate())
 
 
-def test_prefetcher_raises_what_went_wrong_in_its_thread(tmp_path: Path) -> None:
-    corpus = make_store(tmp_path, numbered_documents([30, 7]))
-    ahead = Prefetcher(LaneCollator(corpus, lanes=2, window=5, seed=2))
+def test_reading_ahead_raises_what_went_wrong_in_its_thread(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, numbered_documents([30, 7]))
+    ahead = LaneCollator(corpus, lanes=2, window=5, seed=2, ahead=2)
     ahead.next_window()
     ahead.close()
-    assert len(corpus.tokens) == 40
-    corpus.tokens = corpus.tokens[:10]  # as if the file had shrunk under us
+    (store,) = corpus.stores
+    assert len(store.tokens) == 40
+    store.tokens = store.tokens[:10]  # as if the file had shrunk under us
     with pytest.raises(IndexError):
         for _ in range(20):
             ahead.next_window()
     assert not any(thread.name == "windows" for thread in threading.enumerate())
 
 
-def test_prefetcher_does_not_hold_the_process(tmp_path: Path) -> None:
-    corpus = make_store(tmp_path, numbered_documents([30, 7]))
-    ahead = Prefetcher(LaneCollator(corpus, lanes=2, window=5, seed=2), depth=1)
+def test_reading_ahead_ends_while_it_waits_for_room(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path, numbered_documents([30, 7]))
+    ahead = LaneCollator(corpus, lanes=2, window=5, seed=2, ahead=1)
     ahead.next_window()
     began = time.monotonic()
     ahead.close()  # while the thread waits for room

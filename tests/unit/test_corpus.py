@@ -1,4 +1,4 @@
-"""Shows that a mixture has the attributes of a store and takes only stores that fit together."""
+"""Shows that a corpus of several stores adds them up and takes only stores that fit together."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ import numpy as np
 import pytest
 
 from gptb_ds.data.collator import LaneCollator
-from gptb_ds.data.corpus import Mixture, bytes_per_target, open_corpus
-from gptb_ds.data.documents import DocumentStore
-from tests.data_stores import numbered_documents, write_store
+from gptb_ds.data.corpus import open_corpus
+from gptb_ds.data.documents import open_store
+from tests.data_stores import numbered_documents, together, write_store
 
 
 def test_one_path_is_a_store_and_several_are_a_mixture(tmp_path: Path) -> None:
     one, two = write_store(tmp_path, numbered_documents([3, 4])), write_store(tmp_path, numbered_documents([9]))
-    assert isinstance(open_corpus([one]), DocumentStore)
+    assert open_corpus([one]).fingerprint == open_store(one).fingerprint
     mixture = open_corpus([str(one), two], [3.0, 1.0])
-    assert isinstance(mixture, Mixture)
+    assert len(mixture.stores) == 2
     assert (mixture.num_documents, mixture.num_tokens, mixture.num_bytes) == (3, 16, 16)
-    assert bytes_per_target(mixture.stores) == 16 / 19
-    assert (mixture.vocab_size, mixture.eot_id, mixture.tokenizer, mixture.split) == (300, 1, "numbers", "train")
-    assert mixture.weights == (0.75, 0.25)
+    assert together([mixture], None).bytes_per_target() == 16 / 19
+    assert (mixture.vocab_size, mixture.eot_id, mixture.tokenizer, mixture.stores[1].split) == (
+        300,
+        1,
+        "numbers",
+        "train",
+    )
+    assert mixture.shares == (0.75, 0.25)
     prints = {open_corpus([one, two], w).fingerprint for w in (None, [1, 1], [1, 2])}
     assert len(prints) == 3
     assert open_corpus([one, two], [2, 4]).fingerprint in prints  # shares, whatever their scale
@@ -44,8 +49,8 @@ def test_stores_with_and_without_loss_weights_mix(tmp_path: Path) -> None:
     plain = write_store(tmp_path, [[5] * 4])
     masked = write_store(tmp_path, [[7] * 4], counted=[[0, 0, 1, 1, 0]])
     window = LaneCollator(open_corpus([plain, masked]), lanes=4, window=50, seed=0).next_window()
-    assert window.weights is not None
-    counted = window.weights.numpy().astype(bool)
+    assert window.loss_weights is not None
+    counted = window.loss_weights.numpy().astype(bool)
     is_seven = window.input_ids.numpy() == 7
     assert counted[window.targets.numpy() == 5].all()
     assert 0 < np.count_nonzero(counted & is_seven) < np.count_nonzero(is_seven)
@@ -70,10 +75,10 @@ def test_bytes_per_target_counts_pieces_and_shares(tmp_path: Path) -> None:
     """The tests' stores have a byte a token: n tokens have n+1 targets, and one more for each further piece."""
     one = open_corpus([write_store(tmp_path, numbered_documents([6, 1]))])
     two = open_corpus([write_store(tmp_path, numbered_documents([3]))])
-    assert bytes_per_target(one.stores) == 7 / 9
-    assert bytes_per_target(one.stores, 2) == 7 / 11
-    assert bytes_per_target([*one.stores, *two.stores], 2) == 10 / 16
-    shares = bytes_per_target([*one.stores, *two.stores], None, (0.25, 0.75))
+    assert one.bytes_per_target() == 7 / 9
+    assert one.bytes_per_target(2) == 7 / 11
+    assert together([one, two], None).bytes_per_target(2) == 10 / 16
+    shares = together([one, two], (0.25, 0.75)).bytes_per_target()
     assert shares == pytest.approx(0.25 * 7 / 9 + 0.75 * 3 / 4)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptb_ds.data.corpus import bytes_per_target
-from gptb_ds.data.documents import open_store, verify
+from gptb_ds.data.corpus import Corpus
+from gptb_ds.data.documents import open_store, verify_store
 from tests.data_stores import numbered_documents, prepare, write_store
 
 DOCUMENTS = numbered_documents([3, 0, 7, 1])
@@ -22,11 +22,11 @@ def test_round_trip(tmp_path: Path) -> None:
     store = open_store(path)
     assert [store.document(i).tolist() for i in range(store.num_documents)] == DOCUMENTS
     assert (store.num_documents, store.num_tokens, store.num_bytes) == (4, 11, 11)
-    assert bytes_per_target([store]) == 11 / 15
+    assert Corpus([store]).bytes_per_target() == 11 / 15
     held_out = open_store(path, "validation")
     assert held_out.document(0).tolist() == [9, 8]
     assert held_out.fingerprint != store.fingerprint
-    verify(path)
+    verify_store(path)
 
 
 def test_fingerprint_names_the_content_alone(tmp_path: Path) -> None:
@@ -120,15 +120,15 @@ def test_a_large_file_is_sampled_on_opening_and_read_whole_by_verify(tmp_path: P
     file.write_bytes(whole[:between] + bytes([whole[between] ^ 1]) + whole[between + 1 :])
     open_store(path)
     with pytest.raises(ValueError, match="altered"):
-        verify(path)
+        verify_store(path)
 
 
 def test_verify_finds_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     path = write_store(tmp_path, [[5, 299]])
-    verify(path)
+    verify_store(path)
     path = write_store(tmp_path, [[5, 300]])
     with pytest.raises(ValueError, match=r"beyond the vocabulary \(300\)"):
-        verify(path)
+        verify_store(path)
 
 
 def test_an_altered_tokenizer_is_noticed_on_opening(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_mixture_without_weights_is_one_large_store() -> None:
 def test_weighted_mixture_gives_shares_of_inputs_and_epochs_to_each_store() -> None:
     sources = [pieces_of([9] * 100), pieces_of([99] * 40), pieces_of([0] * 3)]
     weights = (0.5, 0.3, 0.2)
-    order = ShuffledOrder(sources, seed=3, weights=weights)
+    order = ShuffledOrder(sources, seed=3, shares=weights)
     source, start, length = order(np.arange(2 * MIX_BLOCK))
     shares = np.bincount(source, weights=length) / length.sum()
     assert np.allclose(shares, weights, atol=2e-3)
@@ -98,7 +98,7 @@ def test_weighted_mixture_gives_shares_of_inputs_and_epochs_to_each_store() -> N
 
 
 def test_a_tiny_weight_still_gets_a_pick() -> None:
-    order = ShuffledOrder([pieces_of([1]), pieces_of([1])], seed=0, weights=(1e-9, 1.0))
+    order = ShuffledOrder([pieces_of([1]), pieces_of([1])], seed=0, shares=(1e-9, 1.0))
     assert np.bincount(order(np.arange(MIX_BLOCK))[0]).tolist() == [1, MIX_BLOCK - 1]
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gptb_ds.data.corpus import bytes_per_target
-from gptb_ds.data.documents import DocumentStore, load_tokenizer, open_store, verify
+from gptb_ds.data.corpus import Corpus
+from gptb_ds.data.documents import DocumentStore, load_tokenizer, open_store, verify_store
 from tests.data_stores import fail, prepare, texts_of
 
 TEXTS = {"a.txt": "first document", "b.txt": "zweites Dokument, größer", "sub/c.txt": "third\r\n" * 40, "d.txt": "vier"}
@@ -45,7 +45,7 @@ def test_bytes_round_trip(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     held_out = open_store(tmp_path / "store", "validation")
     assert held_out.num_documents == 1 and store.num_documents == 3
     assert store.num_bytes + held_out.num_bytes == sum(len(text.encode()) for text in TEXTS.values())
-    verify(tmp_path / "store")
+    verify_store(tmp_path / "store")
     assert not leftovers(tmp_path)
 
 
@@ -64,7 +64,7 @@ def test_trained_bpe_and_tokenizers_by_folder(folder: Path, tmp_path: Path) -> N
     (folder / "long.txt").write_text("the cat sat on the mat. " * 200)
     assert prepare("--source", folder, "--tokenizer", "bpe:280", "--out", tmp_path / "bpe") == 0
     store = open_store(tmp_path / "bpe")
-    assert store.vocab_size <= 280 and bytes_per_target([store]) > 1.2
+    assert store.vocab_size <= 280 and Corpus([store]).bytes_per_target() > 1.2
     assert texts_of(tmp_path / "bpe") == sorted([*TEXTS.values(), "the cat sat on the mat. " * 200])
     for number, name in enumerate((tmp_path / "bpe", tmp_path / "bpe/tokenizer")):  # a store, or a tokenizer's folder
         prepare("--source", folder, "--tokenizer", name, "--out", tmp_path / f"again-{number}")
@@ -89,7 +89,7 @@ def test_second_run_is_instant_and_changed_inputs_are_noticed(
     (out / "train/tokens.bin").write_bytes(b"")
     assert "is damaged" in fail("--source", folder, "--out", out)
     prepare("--source", folder, "--out", out, "--overwrite")
-    verify(out)
+    verify_store(out)
     assert not leftovers(tmp_path)
 
 
@@ -130,7 +130,7 @@ def test_an_interrupted_prepare_leaves_no_store(tmp_path: Path, number: int) -> 
         process.join()
         if number == signal.SIGINT and process.exitcode == 0:
             # Python loses a KeyboardInterrupt now and then, in callbacks of its import locks: then the store is whole.
-            verify(out)
+            verify_store(out)
             shutil.rmtree(out)
             continue
         interrupted += 1
@@ -144,7 +144,7 @@ def test_an_interrupted_prepare_leaves_no_store(tmp_path: Path, number: int) -> 
     (tmp_path / "small.txt").write_text("good " * 9)
     prepare("--source", tmp_path / "small.txt", "--out", out)
     assert not leftovers(tmp_path)
-    verify(out)
+    verify_store(out)
 
 
 def test_an_unfinished_folder_is_not_a_store(folder: Path, tmp_path: Path) -> None:

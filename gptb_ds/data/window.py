@@ -1,0 +1,125 @@
+"""A window of token columns: what it holds, and how it is copied out of the stores.
+
+Axes: B lanes of this rank, K steps of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+
+from gptb_ds.data.corpus import Corpus
+from gptb_ds.data.lanes import CopyPlan, runs
+
+
+@dataclass(frozen=True)
+class Window:
+    """K columns of this rank's lanes. `loss_weights` None: every target counts 1.
+
+    `input_ids` and `targets` (K, B) int64, `reset` (K, B) bool, `loss_weights` (K, B) float32. A lane's target is its
+    next input, so the two share memory: treat them as read-only.
+    """
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    reset: torch.Tensor
+    loss_weights: torch.Tensor | None = None
+
+    @property
+    def counted(self) -> float:
+        """How many targets count in the loss: their number, or the sum of their weights.
+
+        It reads the weights, so ask before the window moves to a device: a GPU would be waited for.
+        """
+        if self.loss_weights is None:
+            return float(self.targets.numel())
+        return self.loss_weights.double().sum().item()
+
+    def to(self, device: torch.device) -> Window:
+        """The window on `device`; a copy out of pinned memory is not waited for."""
+        return self._from_parts([[tensor.to(device, non_blocking=True)] for tensor in self._tensors()])[0]
+
+    def split_lanes(self, groups: int) -> list[Window]:
+        """Its lanes in `groups` equal neighbouring parts, without copying."""
+        return self._from_parts([tensor.chunk(groups, dim=1) for tensor in self._tensors()])
+
+    def split_columns(self, columns: int) -> list[Window]:
+        """Its columns in windows of `columns`, without copying."""
+        return self._from_parts([tensor.split(columns) for tensor in self._tensors()])
+
+    def _tensors(self) -> list[torch.Tensor]:
+        fields = [self.input_ids, self.targets, self.reset]
+        return fields if self.loss_weights is None else [*fields, self.loss_weights]
+
+    @staticmethod
+    def _from_parts(parts: Sequence[Sequence[torch.Tensor]]) -> list[Window]:
+        return [Window(*tensors) for tensors in zip(*parts, strict=True)]
+
+
+def fill_window(
+    corpus: Corpus, plan: CopyPlan, window: int, *, finite: bool = False, pin_memory: bool = False
+) -> Window:
+    """Copies what `plan` names. `finite`: lanes may have run out, so that the window has loss weights in any case."""
+    stores = corpus.stores
+    lanes = len(plan.first.lane)
+    # One column more than the window: a lane's target is its next input, and after its last token the next EOT.
+    rows_BK = np.full((lanes, window + 1), corpus.eot_id, dtype=stores[0].tokens.dtype)
+    _copy(rows_BK, [store.tokens for store in stores], plan, extra=1, exact=finite)
+    rows_BK[plan.reset_lane, plan.reset_column] = corpus.eot_id
+    # (B, K+1) -> (K+1, B): turned while the ids are 2 or 4 bytes wide, then widened to the 8 that torch wants.
+    columns_KB = torch.empty((window + 1, lanes), dtype=torch.int64, pin_memory=pin_memory)
+    columns_KB.copy_(torch.from_numpy(rows_BK).t().contiguous())
+    reset_KB = torch.zeros((window + 1, lanes), dtype=torch.bool, pin_memory=pin_memory)
+    reset_KB.numpy()[plan.reset_column, plan.reset_lane] = True
+    weights_KB = None
+    if finite or any(store.counted is not None for store in stores):
+        counted_BK = np.zeros((lanes, window), dtype=np.uint8)
+        _copy(counted_BK, [store.counted for store in stores], plan, ahead=1, exact=finite)
+        weights_KB = torch.empty((window, lanes), dtype=torch.float32, pin_memory=pin_memory)
+        np.copyto(weights_KB.numpy(), counted_BK.T)
+    return Window(columns_KB[:-1], columns_KB[1:], reset_KB[:-1], weights_KB)
+
+
+def _copy(
+    rows_BK: npt.NDArray[Any],
+    sources: Sequence[npt.NDArray[Any] | None],
+    plan: CopyPlan,
+    *,
+    ahead: int = 0,
+    extra: int = 0,
+    exact: bool,
+) -> None:
+    """Copies the plan's fragments, from `ahead` positions on and `extra` longer; a source of None is all ones.
+
+    Most lanes are inside one document for the whole window. Copying each lane's fragment token by token, through an
+    index of every token, costs as much for these as for the few lanes that change documents. So the first fragment of
+    every lane is copied as a whole row, as if its document went on to the window's end: rows of a sliding view of the
+    store are runs of memory. What such a row has too much (the neighbour in the store) is then covered by the lane's
+    later fragments, which is why those come second. A lane without later fragments has none too much.
+
+    `exact` forbids that: where lanes can run out, nothing covers what the row had too much.
+    """
+    width = rows_BK.shape[1]
+    for part in (plan.first, plan.later):
+        for s, data in enumerate(sources):
+            mine = slice(None) if len(sources) == 1 and not exact else np.flatnonzero(part.source == s)
+            lane, start, count = part.lane[mine], part.start[mine] + ahead, part.count[mine] + extra
+            column = part.column[mine]
+            if data is not None and part is plan.first and not exact and len(data) >= width:
+                # A row that would pass the store's end is copied by its count instead.
+                last = len(data) - width
+                rows_BK[mine] = sliding_window_view(data, width)[np.minimum(start, last)]
+                beyond = np.flatnonzero(start > last)
+                lane, start, count, column = (x[beyond] for x in (lane, start, count, column))
+            # Places in the flat (B * K) rows; the place in the store is as far from the fragment's start.
+            target = runs(lane * width + column, count)
+            if data is None:
+                rows_BK.reshape(-1)[target] = 1
+            else:
+                rows_BK.reshape(-1)[target] = data[target + np.repeat(start - lane * width - column, count)]
