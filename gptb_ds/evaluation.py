@@ -38,6 +38,7 @@ def held_out_loss(
     for window in windows:
         total[1] += window.counted
         window = window.to(world.device)
+        state_BSE = state_BSE[: window.lanes]  # the lanes that have run out are the last
         loss, state_BSE = objective(window.input_ids, window.targets, window.reset, state_BSE, window.loss_weights)
         total[0] += loss.double()
         if not goes_on():

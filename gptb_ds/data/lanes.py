@@ -179,12 +179,17 @@ class FixedOrder:
         self._firsts = np.cumsum([0] + [pieces.count for pieces in sources])
 
     def __call__(self, ordinal: Ints) -> tuple[Ints, Ints, Ints]:
-        number, size = ordinal, int(self._firsts[-1])
-        if self._mixed:
-            there = np.flatnonzero(ordinal < size)
-            number = ordinal.copy()
-            number[there] = permute(ordinal[there], size, _epoch_keys(0, 0, np.zeros_like(there)))
-        return _split(self._sources, self._firsts, number)
+        return _split(self._sources, self._firsts, self.number(ordinal))
+
+    def number(self, ordinal: Ints) -> Ints:
+        """The piece at each ordinal, numbered across the sources."""
+        if not self._mixed:
+            return ordinal
+        size = int(self._firsts[-1])
+        there = np.flatnonzero(ordinal < size)
+        number = ordinal.copy()
+        number[there] = permute(ordinal[there], size, _epoch_keys(0, 0, np.zeros_like(there)))
+        return number
 
 
 def _split(sources: Sequence[Pieces], firsts: Ints, number: Ints) -> tuple[Ints, Ints, Ints]:
@@ -240,7 +245,7 @@ class Cursor:
     """
 
     def __init__(self, order: Locate, ordinal: Ints, offset: Ints, stride: int) -> None:
-        self._order, self._stride = order, stride
+        self.order, self._stride = order, stride
         self.ordinal, self.offset = ordinal.copy(), offset.copy()
         self.source, self.start, self.length = order(self.ordinal)
 
@@ -282,7 +287,7 @@ class Cursor:
     def _next_document(self, lane: Ints) -> None:
         self.ordinal[lane] += self._stride
         self.offset[lane] = 0
-        self.source[lane], self.start[lane], self.length[lane] = self._order(self.ordinal[lane])
+        self.source[lane], self.start[lane], self.length[lane] = self.order(self.ordinal[lane])
 
 
 def runs(start: Ints, count: Ints) -> Ints:

@@ -32,6 +32,11 @@ class Window:
     loss_weights: torch.Tensor | None = None
 
     @property
+    def lanes(self) -> int:
+        """B, the number of its lanes."""
+        return self.input_ids.shape[1]
+
+    @property
     def counted(self) -> float:
         """How many targets count in the loss: their number, or the sum of their weights.
 
