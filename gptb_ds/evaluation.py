@@ -83,9 +83,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, float | int]:
         )
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     objective = WindowObjective(model.to(world.device)).eval()  # type: ignore[arg-type]
-    state_BSE = torch.zeros(
-        (options.lanes, model.config.num_slots - 1, model.config.n_embd), dtype=model.dtype, device=world.device
-    )
+    state_BSE = model.empty_state(options.lanes)
     windows = held_out_windows(
         corpus,
         lanes=options.lanes,

@@ -18,11 +18,16 @@ from . import attention
 from .configuration import GPTBConfig, as_gptb_config
 from .recurrence import SlotRecurrence
 
-# What a run's configuration has no key for: GPT-2's defaults, or what the model of a warm start has.
+# Keys of the model that a run's configuration does not have: GPT-2's defaults, or what a warm start's model has.
 INHERITED = (
     *("n_positions", "n_inner", "activation_function", "layer_norm_epsilon", "tie_word_embeddings"),
     *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
 )
+
+
+def inherited(config: GPT2Config) -> dict[str, Any]:
+    """The values of `INHERITED` in a model's configuration: with the run's own they describe the model."""
+    return {key: getattr(config, key) for key in INHERITED}
 
 
 class GPTBOutput(NamedTuple):
@@ -42,8 +47,11 @@ class GPTBPreTrainedModel(GPT2PreTrainedModel):
     _supports_flex_attn = False
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # Transformers skips modules without parameters of their own in classes that are not its own, and with them
-        # GPT-2's scaling of residual projections. That is for code that ignores its guards; this code heeds them.
+        # PreTrainedModel._initialize_weights (modeling_utils.py, transformers 5) treats classes from outside
+        # transformers as code that may draw a weight again after it was loaded, and then never calls `_init_weights`
+        # for a module that has no parameter of its own. GPT-2 scales its residual projections there (GPT2Block has
+        # none of its own), so every `c_proj` would start sqrt(2 * n_layer) times too large. Our `_init_weights` draws
+        # only through torch.nn.init, which transformers guards, so it may be treated as transformers' own.
         super()._initialize_weights(module, is_custom_code=False)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
@@ -105,6 +113,10 @@ class GPTBLMHeadModel(GPTBPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
+    def empty_state(self, lanes: int) -> torch.Tensor:
+        """A state (lanes, S-1, E) for lanes that begin with a reset; see `SlotRecurrence.empty_state`."""
+        return self.transformer.empty_state(lanes)
+
     def compile_step(self, **kwargs: Any) -> None:
         """Compiles one step of the recurrence with `torch.compile(**kwargs)`; see `SlotRecurrence.compile_step`."""
         self.transformer.compile_step(**kwargs)
@@ -162,8 +174,8 @@ def warm_start(config: GPT2Config, path: str) -> GPTBLMHeadModel:
         raise ValueError(f"{path} holds a {source.model_type} model; GPTB starts from a GPT-2")
     if source.add_cross_attention:
         raise ValueError(f"the model at {path} has cross-attention, which GPTB has no use for; choose another")
-    for key in INHERITED:
-        setattr(config, key, getattr(source, key))
+    for key, value in inherited(source).items():
+        setattr(config, key, value)
     pairs = [(key, getattr(config, key), getattr(source, key)) for key in ("n_layer", "n_head", "n_embd", "vocab_size")]
     wrong = [f"{key} {ours} (there: {theirs})" for key, ours, theirs in pairs if ours != theirs]
     if wrong:

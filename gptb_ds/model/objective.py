@@ -42,13 +42,10 @@ class WindowObjective(nn.Module):
         Shapes: ids, targets, reset and weights (K, B); state (B, S-1, E). A mean of per-rank means would be wrong when
         ranks count different numbers of targets; the caller divides by the global count.
         """
-        hidden_BKE, new_state_BSE = self.model.transformer(
-            input_ids_KB.t(),
-            past_hidden_states=state_BSE,
-            reset=reset_KB.t(),
-            recompute_every=self.recompute_every if torch.is_grad_enabled() else 0,
+        hidden_KBE, new_state_BSE = self.model.transformer.unroll(
+            input_ids_KB, state_BSE, reset_KB, self.recompute_every if torch.is_grad_enabled() else 0
         )
-        hidden_RE = hidden_BKE.transpose(0, 1).reshape(-1, hidden_BKE.shape[-1])
+        hidden_RE = hidden_KBE.flatten(0, 1)  # (K, B, E) -> (K*B, E)
         weights_R = None if weights_KB is None else weights_KB.reshape(-1)
         loss = self._head_loss(hidden_RE, targets_KB.reshape(-1), weights_R)
         return loss, new_state_BSE.detach()

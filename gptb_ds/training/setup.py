@@ -33,7 +33,7 @@ from gptb_ds.exit_codes import DONE, FAULT, STOPPED, USAGE
 from gptb_ds.generation import generate
 from gptb_ds.loading import model_configuration
 from gptb_ds.model.configuration import warn_if_memoryless
-from gptb_ds.model.modeling import INHERITED, GPTBLMHeadModel, warm_start
+from gptb_ds.model.modeling import GPTBLMHeadModel, inherited, warm_start
 from gptb_ds.model.objective import WindowObjective
 from gptb_ds.training.deepspeed_policy import offload_devices, read_policy, zero_stage
 from gptb_ds.training.engine import Engine, check_policy
@@ -136,7 +136,7 @@ def _set_up(
         world,
         engine,
         inputs.collator,
-        _empty_state(config, config.data.lanes // world.size, engine),
+        engine.model.empty_state(config.data.lanes // world.size),
         optim=config.optim,
         train=config.train,
         run=config.run,
@@ -239,7 +239,7 @@ def _read_inputs(config: Config, world: World) -> _Inputs:
         "data.max_document_tokens": config.data.max_document_tokens,
         "data.weights": config.data.weights,
         "train.seed": config.train.seed,
-    } | {key: getattr(model.config, key) for key in INHERITED}
+    } | inherited(model.config)
     identity |= {
         f"model.{key}": getattr(config.model, key) for key in ("num_slots", "n_layer", "n_head", "n_embd", "rebias")
     }
@@ -272,12 +272,6 @@ def _check_lanes(config: Config, world: World) -> None:
         )
 
 
-def _empty_state(config: Config, lanes: int, engine: Engine) -> torch.Tensor:
-    """Zeros (lanes, S-1, E): every lane starts with a reset, which replaces them."""
-    model = config.model
-    return torch.zeros((lanes, model.num_slots - 1, model.n_embd), dtype=engine.dtype, device=engine.world.device)
-
-
 def _evaluation(config: Config, world: World, engine: Engine, held_out: Corpus) -> Callable[..., Any]:
     """The trainer's `evaluate`."""
     target_bytes = held_out.bytes_per_target(config.data.max_document_tokens)
@@ -296,7 +290,7 @@ def _evaluation(config: Config, world: World, engine: Engine, held_out: Corpus) 
         engine.objective.eval()
         # A compiled step would be compiled once more for evaluation; it isn't worth it.
         with torch.compiler.set_stance("force_eager"):
-            state = _empty_state(config, lanes // world.size, engine)
+            state = engine.model.empty_state(lanes // world.size)
             measured = held_out_loss(engine.objective, windows, state, world, goes_on)
         engine.objective.train()
         return None if measured is None else metrics_of(measured[0], target_bytes)

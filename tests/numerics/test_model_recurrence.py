@@ -271,3 +271,20 @@ def test_model_without_head_returns_plain_tuples() -> None:
     output = model(make_window()[0])
     assert type(output) is tuple
     assert output[0].shape == (B, T, E) and output[1].shape == (B, S - 1, E)
+
+
+def test_time_first_is_lanes_first_turned() -> None:
+    model, state = make(), make_state()
+    ids, _, reset = make_window()
+    hidden_BTE, new_state = model.transformer(ids, state, reset)
+    hidden_KBE, other_state = model.transformer.unroll(ids.t(), state, reset.t(), recompute_every=3)
+    assert torch.equal(hidden_KBE.transpose(0, 1), hidden_BTE) and torch.equal(other_state, new_state)
+
+
+def test_an_empty_state_fits_and_a_reset_replaces_it() -> None:
+    model = make(torch.bfloat16)
+    empty = model.empty_state(B)
+    assert empty.shape == (B, S - 1, E) and empty.dtype == torch.bfloat16 and empty.device == model.device
+    ids, reset = make_window()[0], torch.zeros((B, T), dtype=torch.bool)
+    reset[:, 0] = True
+    assert torch.equal(model(ids, empty, reset).logits, model(ids).logits)
