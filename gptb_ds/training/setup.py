@@ -287,12 +287,9 @@ def _evaluation(config: Config, world: World, engine: Engine, held_out: Corpus) 
             max_tokens=config.run.eval_tokens,
             max_document_tokens=config.data.max_document_tokens,
         )
-        engine.objective.eval()
-        # A compiled step would be compiled once more for evaluation; it isn't worth it.
-        with torch.compiler.set_stance("force_eager"):
+        with engine.evaluating():
             state = engine.model.empty_state(lanes // world.size)
             measured = held_out_loss(engine.objective, windows, state, world, goes_on)
-        engine.objective.train()
         return None if measured is None else metrics_of(measured[0], target_bytes)
 
     return evaluate
@@ -300,11 +297,9 @@ def _evaluation(config: Config, world: World, engine: Engine, held_out: Corpus) 
 
 def _sample(config: Config, engine: Engine, tokenizer: PreTrainedTokenizerBase, eot_id: int) -> str:
     """A text from the model as it is. All ranks take part: at stage 3 no rank has the weights alone."""
-    engine.objective.eval()
-    with torch.compiler.set_stance("force_eager"):
+    with engine.evaluating():
         seed = derive_seed(config.train.seed, "sample")
         tokens = list(generate(engine.model, [], config.run.sample_tokens, seed=seed))
-    engine.objective.train()
     return str(tokenizer.decode([t for t in tokens if t != eot_id]))
 
 
@@ -319,7 +314,7 @@ def _monitor(config: Config, run: Path) -> dict[str, Any]:
 
 
 def _headline(config: Config, world: World, engine: Engine, update: int) -> str:
-    parameters = sum(torch.Size(shape).numel() for shape in engine.parameter_shapes().values())
+    parameters = sum(torch.Size(shape).numel() for shape in engine.fp32_state.shapes().values())
     return (
         f"{parameters / 1e6:.2f} M parameters, {config.model.num_slots} slots; {config.data.lanes} lanes x"
         f" {config.data.window} columns = {config.data.lanes * config.data.window:,} tokens an update;"

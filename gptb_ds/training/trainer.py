@@ -244,7 +244,7 @@ class Trainer:
     # Checkpoints
 
     def _begin_save(self) -> None:
-        owner = assign_parameters(self.engine.parameter_shapes(), self.saver.writers)
+        owner = assign_parameters(self.engine.fp32_state.shapes(), self.saver.writers)
         position = self.windows.state_dict()
         manifest = Manifest(
             step=self.at.update,
@@ -261,7 +261,7 @@ class Trainer:
                 "skipped": self.at.skipped,
                 "bad_in_row": self.at.bad_in_row,
                 "evaluation_due": self.at.evaluation_due,
-                "scaler": self.engine.scaler_state(),
+                "scaler": self.engine.fp32_state.scaler_state(),
             },
             versions={name: version(name) for name in ("torch", "deepspeed", "transformers", "gptb-ds")},
         )
@@ -269,7 +269,7 @@ class Trainer:
         self._guarded(
             self._sync_and_save,
             manifest,
-            self.engine.export(lambda name: owner[name] == self.world.rank),
+            self.engine.fp32_state.export(lambda name: owner[name] == self.world.rank),
             {"state": state, "ordinal": position["ordinal"], "offset": position["offset"]},
             _random_state(self.world.device),
         )
@@ -309,8 +309,8 @@ class Trainer:
         manifest = reader.manifest
         lanes, random_state = self.world.on_all_ranks(self._read, reader)
         progress = manifest.progress
-        self.engine.load(lambda kind, name: self._fetch(reader, kind, name), progress["adam_steps"])
-        self.engine.load_scaler_state(progress["scaler"])
+        self.engine.fp32_state.load(lambda kind, name: self._fetch(reader, kind, name), progress["adam_steps"])
+        self.engine.fp32_state.load_scaler_state(progress["scaler"])
         self.states = list(lanes["state"].to(self.world.device, self.engine.dtype).chunk(self.train.lane_groups))
         if random_state is not None:
             _set_random_state(random_state, self.world.device)
@@ -331,7 +331,7 @@ class Trainer:
         """What this rank needs beside weights and moments; those are only checked. The windows go to their position."""
         per_rank = self.plan.lanes // self.world.size
         first = self.world.rank * per_rank
-        reader.check_model(self.engine.parameter_shapes())
+        reader.check_model(self.engine.fp32_state.shapes())
         lanes = reader.lanes(first, first + per_rank, tuple(self.states[0].shape[1:]))
         random_state = None
         if reader.manifest.world_size == self.world.size:

@@ -77,7 +77,7 @@ def main() -> None:
             times["update"].append(timed(update))
             begun = time.perf_counter()
             lanes = {"state": state.clone(), "ordinal": torch.zeros(args.lanes), "offset": torch.zeros(args.lanes)}
-            saver.begin(_manifest(round_ + 1, args), engine.export(lambda name: True), lanes, {})
+            saver.begin(_manifest(round_ + 1, args), engine.fp32_state.export(lambda name: True), lanes, {})
             pause = time.perf_counter() - begun
             if not saver.written:
                 times["update while writing"].append(timed(update))
@@ -85,7 +85,7 @@ def main() -> None:
             times["all of it"].append(time.perf_counter() - begun)
             # Waiting for the files would be a pause too, had training been faster than the disk.
             times["pause"].append(pause + (finish if not times["update while writing"] else 0))
-            export = engine.export(lambda name: True)
+            export = engine.fp32_state.export(lambda name: True)
             times["torch"].append(timed(lambda tensors=export: torch.save((tensors, state), Path(folder) / "plain.pt")))
         size = (Path(folder) / "plain.pt").stat().st_size
     middle = {name: statistics.median(values) for name, values in times.items() if values}

@@ -102,8 +102,8 @@ def train(world: World, stage: int, precision: str, groups: int, tied: bool, wei
         norms.append(result.grad_norm)
         if not first:
             # After one step of Adam from nothing, exp_avg is (1 - beta1) times the clipped gradient.
-            first = engine.export(lambda name: True)["exp_avg"]
-    return losses, norms, engine.export(lambda name: True)["weight"], first
+            first = engine.fp32_state.export(lambda name: True)["exp_avg"]
+    return losses, norms, engine.fp32_state.export(lambda name: True)["weight"], first
 
 
 CASES = [

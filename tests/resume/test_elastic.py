@@ -78,13 +78,13 @@ def _load_and_save(world: World, folder: Path, copy: Path, stage: int, precision
     """Takes a checkpoint into an engine and writes what the engine then holds, without an update between."""
     reader = CheckpointReader(folder)
     engine = build_engine(world, stage, precision)
-    reader.check_model(engine.parameter_shapes())
-    engine.load(reader.fetch, reader.manifest.progress["adam_steps"])
+    reader.check_model(engine.fp32_state.shapes())
+    engine.fp32_state.load(reader.fetch, reader.manifest.progress["adam_steps"])
     share = 8 // world.size
     lanes = reader.lanes(world.rank * share, (world.rank + 1) * share, (3, 16))
     saver = CheckpointWriter(copy, world, keep=1)
-    owner = assign_parameters(engine.parameter_shapes(), saver.writers)
-    saver.begin(reader.manifest, engine.export(lambda name: owner[name] == world.rank), lanes, {})
+    owner = assign_parameters(engine.fp32_state.shapes(), saver.writers)
+    saver.begin(reader.manifest, engine.fp32_state.export(lambda name: owner[name] == world.rank), lanes, {})
     saver.finish()
 
 

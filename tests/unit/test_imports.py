@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"model"},
 }
 # Libraries that only these modules may import: their inner workings are kept in one place.
-ONLY_IN = {"deepspeed": {Path("training/engine")}}
+ONLY_IN = {"deepspeed": {Path("training/engine"), Path("training/fp32_state")}}
 
 
 def imports_of(module: Path) -> set[str]:

@@ -1,0 +1,323 @@
+"""Weights and moments in their canonical form, and every private internal of DeepSpeed that this needs.
+
+The canonical form is a full float32 tensor for each parameter's name, for its weight and for each of its moments. Any
+ZeRO stage, precision and number of ranks can read what another has written.
+
+DeepSpeed keeps these tensors in places that differ by stage, and has no public way to all of them. Everything of its
+inside that we touch is named in this file and checked when the engine is built (`_INTERNALS`): DeepSpeed may rename it
+in any release, and a checkpoint without moments would be noticed only by the run that resumes from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import nn
+
+from gptb_ds.config import ConfigError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DeepSpeedChangedError(ConfigError):
+    """The installed DeepSpeed lacks an internal that is needed here; the message says which, and for what."""
+
+
+@dataclass(frozen=True)
+class Internal:
+    """A private name of DeepSpeed's: where 0.19.8 has it, and what goes wrong when it is gone."""
+
+    name: str
+    where: str
+    without_it: str
+
+
+_MASTERS = "the fp32 weights cannot be saved"
+# By ZeRO stage: what is read from the wrapper around the optimizer. Stage 0 has one in bf16 and fp16.
+_INTERNALS: dict[int, tuple[Internal, ...]] = {
+    0: (
+        Internal("fp16_groups", "FP16_UnfusedOptimizer, runtime/fp16/unfused_optimizer.py:67", _MASTERS),
+        Internal("fp32_groups", "FP16_UnfusedOptimizer, runtime/fp16/unfused_optimizer.py:68", _MASTERS),
+    ),
+    1: (
+        Internal(
+            "single_partition_of_fp32_groups",
+            "DeepSpeedZeroOptimizer, runtime/zero/stage_1_and_2.py:364",
+            "the moments cannot be made before the first update",
+        ),
+        Internal(
+            "_hp_optimizer_states_linked",
+            "DeepSpeedZeroOptimizer, runtime/zero/stage_1_and_2.py:744",
+            "moments made before the first update are not saved",
+        ),
+        Internal(
+            "_lazy_init_hp_params_optimizer_state",
+            "DeepSpeedZeroOptimizer, runtime/zero/stage_1_and_2.py:852",
+            "moments made before the first update are not saved",
+        ),
+    ),
+    3: (
+        Internal(
+            "fp32_partitioned_groups_flat",
+            "DeepSpeedZeroOptimizer_Stage3, runtime/zero/stage3.py:416",
+            "the moments cannot be made before the first update",
+        ),
+    ),
+}
+_INTERNALS[2] = _INTERNALS[1]
+_SCALER_LOST = "fp16's loss scale cannot be saved"
+_SCALERS = {
+    0: Internal("loss_scale_config", "FP16_UnfusedOptimizer, runtime/fp16/unfused_optimizer.py:60", _SCALER_LOST),
+    1: Internal("loss_scaler", "DeepSpeedZeroOptimizer, runtime/zero/stage_1_and_2.py:722", _SCALER_LOST),
+    2: Internal("loss_scaler", "DeepSpeedZeroOptimizer, runtime/zero/stage_1_and_2.py:722", _SCALER_LOST),
+    3: Internal("loss_scaler", "DeepSpeedZeroOptimizer_Stage3, runtime/zero/stage3.py:524", _SCALER_LOST),
+}
+# What stage 3 puts on each parameter.
+_ON_A_PARAMETER = (
+    Internal("ds_shape", "runtime/zero/partition_parameters.py:1279", "a parameter's full shape is unknown"),
+    Internal("ds_tensor", "runtime/zero/partition_parameters.py:1846", "a checkpoint cannot be loaded"),
+)
+# What DeepSpeed reads from our own optimizer, see GuardedAdamW.
+_READ_FROM_OURS = (
+    Internal(
+        "_global_grad_norm", "DeepSpeedEngine._take_model_step, runtime/engine.py:3518", "no gradient norm is reported"
+    ),
+    Internal(
+        "overflow", "DeepSpeedEngine._take_model_step, runtime/engine.py:3536", "a skipped update counts as applied"
+    ),
+)
+
+
+def leave_out_inference_kernel() -> None:
+    """Keeps DeepSpeed from compiling a shared-memory all-reduce that serves only inference, each time a CPU job starts.
+
+    `TorchBackend.__init__` (comm/torch.py:47) compiles it when this table calls it compatible. A machine without a
+    compiler could not train, and others would wait for it. Without the table nothing breaks: it is compiled again.
+    """
+    if "deepspeed_shm_comm" in getattr(deepspeed.ops, "__compatible_ops__", {}):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class _Master(Protocol):
+    """One parameter's fp32 weight ("weight") and moments as full tensors."""
+
+    def get(self, kind: str) -> torch.Tensor: ...
+
+    def set(self, kind: str, value: torch.Tensor) -> None: ...
+
+
+class ReplicatedMaster:
+    """Stage 0: every rank has all of it; in bf16 and fp16 the master is a copy beside the working weight."""
+
+    def __init__(self, parameter: nn.Parameter, master: torch.Tensor, base: torch.optim.Optimizer) -> None:
+        self.parameter, self.master, self.base = parameter, master, base
+
+    def get(self, kind: str) -> torch.Tensor:
+        found: torch.Tensor = self.master if kind == "weight" else self.base.state[self.master][kind]
+        return found
+
+    def set(self, kind: str, value: torch.Tensor) -> None:
+        self.get(kind).data.copy_(value)
+        if kind == "weight":
+            self.parameter.data.copy_(value)
+
+
+class PartitionedMaster:
+    """Stages 1 to 3: the pieces lie on the ranks; DeepSpeed's fragment functions gather and scatter them."""
+
+    def __init__(self, parameter: nn.Parameter, stage: int) -> None:
+        self.parameter, self.stage = parameter, stage
+
+    def get(self, kind: str) -> torch.Tensor:
+        found: torch.Tensor = (
+            safe_get_full_fp32_param(self.parameter)
+            if kind == "weight"
+            else safe_get_full_optimizer_state(self.parameter, kind)
+        )
+        return found
+
+    def set(self, kind: str, value: torch.Tensor) -> None:
+        """Writes the master, and for a weight the working copy too.
+
+        At stage 3 through the functions for a rank's own piece: those for a full tensor (`safe_set_full_fp32_param`,
+        which is `set_full_hp_param` in runtime/zero/stage3.py:3183) cut the ranks' pieces out of the value as it is.
+        Unless the number of ranks divides its size, the last rank's piece ends beyond it, and they raise.
+
+        DeepSpeed refreshes the working copy from the master only in a step. Without writing it here, the first forward
+        pass after a resume would still use the weights that the model was built with.
+        """
+        if self.stage == 3:
+            piece = self._own_piece(value)
+            if kind == "weight":
+                safe_set_local_fp32_param(self.parameter, piece)
+            else:
+                safe_set_local_optimizer_state(self.parameter, piece, kind)
+        elif kind == "weight":
+            safe_set_full_fp32_param(self.parameter, value)
+        else:
+            safe_set_full_optimizer_state(self.parameter, value, kind)
+        if kind == "weight":
+            with deepspeed.zero.GatheredParameters([self.parameter], modifier_rank=0, enabled=self.stage == 3):
+                self.parameter.data.copy_(value)
+
+    def _own_piece(self, value: torch.Tensor) -> torch.Tensor:
+        """This rank's share at stage 3: equal pieces of the flat tensor, the last one padded with zeros."""
+        size: int = self.parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        flat = nn.functional.pad(value.flatten(), (0, size * deepspeed.comm.get_world_size() - value.numel()))
+        return flat.narrow(0, size * deepspeed.comm.get_rank(), size)
+
+
+class Fp32State:
+    """The fp32 weights and moments of an engine, by parameter name, whatever its ZeRO stage and precision."""
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        parameters: dict[str, nn.Parameter],
+        base: torch.optim.Optimizer,
+        *,
+        stage: int,
+        precision: str,
+        device: torch.device,
+    ) -> None:
+        """`base` is the optimizer that was given to DeepSpeed. Raises DeepSpeedChangedError, one line."""
+        self._wrapper = engine.optimizer
+        self._parameters, self._base, self._stage, self._device = parameters, base, stage, device
+        self._wrapped = stage > 0 or precision != "fp32"
+        self._scaler_name = _SCALERS[stage].name if precision == "fp16" else None
+        self._check(precision)
+        # The wrapper of stage 0 steps once in its constructor (`initialize_optimizer_states`, unfused_optimizer.py:412,
+        # with gradients of zero, to have the moments in memory early). That leaves a count of 1 behind: the first
+        # update would be taken for the second, and Adam's bias correction with it. Its state starts from nothing.
+        if stage == 0 and self._wrapped:
+            base.state.clear()
+
+    def _check(self, precision: str) -> None:
+        if self._wrapped:
+            _must_have(self._wrapper, _INTERNALS[self._stage])
+        if precision == "fp16":
+            _must_have(self._wrapper, [_SCALERS[self._stage]])
+        if self._stage == 3:
+            _must_have(next(iter(self._parameters.values())), _ON_A_PARAMETER)
+        if not self._wrapped:
+            code = DeepSpeedEngine._take_model_step.__code__
+            read = {*code.co_names, *code.co_consts}
+            for internal in _READ_FROM_OURS:
+                if internal.name not in read:
+                    raise _changed(internal, f"no longer reads '{internal.name}' from the optimizer that it steps")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shape of every trained parameter, in an order that all ranks share."""
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
+
+    def export(self, keep: Callable[[str], bool]) -> dict[str, dict[str, torch.Tensor]]:
+        """{"weight" | "exp_avg" | "exp_avg_sq": {name: float32 CPU tensor}} of the parameters that `keep` wants here.
+
+        Every rank must call it: the pieces of a parameter lie on several.
+        """
+        self._ensure_moments()
+        out: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in ("weight", *MOMENTS)}
+        for name, master in self._masters():
+            for kind, tensors in out.items():
+                tensor = master.get(kind)
+                if keep(name):
+                    tensors[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+        return out
+
+    def load(self, fetch: Callable[[str, str], torch.Tensor], adam_steps: int) -> None:
+        """Writes weights and moments from `fetch(kind, name)` (full float32 CPU tensors) and Adam's count of steps.
+
+        Every rank must call it, with the same values.
+        """
+        self._ensure_moments()
+        for name, master in self._masters():
+            for kind in ("weight", *MOMENTS):
+                master.set(kind, fetch(kind, name).to(self._device))
+        for state in self._base.state.values():
+            if torch.is_tensor(state["step"]):
+                state["step"].fill_(float(adam_steps))
+            else:
+                state["step"] = adam_steps
+
+    def scaler_state(self) -> dict[str, int | float]:
+        """fp16's dynamic loss scale as plain numbers ({} in other precisions)."""
+        if self._scaler_name is None:
+            return {}
+        return {k: v for k, v in vars(getattr(self._wrapper, self._scaler_name)).items() if type(v) in (int, float)}
+
+    def load_scaler_state(self, values: dict[str, int | float]) -> None:
+        """Restores `scaler_state`; ignored in other precisions."""
+        for key in values.keys() & self.scaler_state().keys():
+            setattr(getattr(self._wrapper, str(self._scaler_name)), key, values[key])
+
+    def _masters(self) -> Iterator[tuple[str, _Master]]:
+        if self._stage > 0:
+            for name, parameter in self._parameters.items():
+                yield name, PartitionedMaster(parameter, self._stage)
+            return
+        copies: dict[int, torch.Tensor] = {}
+        if self._wrapped:
+            for low, high in zip(self._wrapper.fp16_groups, self._wrapper.fp32_groups, strict=True):
+                copies |= {id(p): master for p, master in zip(low, high, strict=True)}
+        for name, parameter in self._parameters.items():
+            yield name, ReplicatedMaster(parameter, copies.get(id(parameter), parameter), self._base)
+
+    def _ensure_moments(self) -> None:
+        """Makes the moments that are not there yet: zeros, as Adam's first step would make them.
+
+        torch's Adam makes its moments in its first step, and no call makes them earlier. A checkpoint may be loaded or
+        written before that (a resume, a run stopped before its first update), and `safe_set_full_optimizer_state` then
+        raises a KeyError.
+
+        At stages 1 and 2 the parameters must be linked to the moments, too. DeepSpeed does it once, in `step`, after
+        the FIRST parameter group's step (`_lazy_init_hp_params_optimizer_state`, runtime/zero/stage_1_and_2.py:852): at
+        that time the other groups have no moments, and theirs would never be found. So the links are made anew.
+        """
+        for tensor in self._stepped_tensors():
+            state = self._base.state[tensor]
+            if not state:
+                counts_in_python = isinstance(self._base, DeepSpeedCPUAdam)
+                device = tensor.device if self._base.defaults.get("fused") else "cpu"
+                state["step"] = 0 if counts_in_python else torch.zeros((), dtype=torch.float32, device=device)
+                state |= {moment: torch.zeros_like(tensor) for moment in MOMENTS}
+        if self._stage in (1, 2):
+            self._wrapper._hp_optimizer_states_linked = False
+            self._wrapper._lazy_init_hp_params_optimizer_state()
+
+    def _stepped_tensors(self) -> Sequence[torch.Tensor]:
+        """The tensors that the base optimizer steps: this rank's flat pieces from stage 1 on."""
+        if self._stage == 3:
+            pieces: Sequence[torch.Tensor] = self._wrapper.fp32_partitioned_groups_flat
+            return pieces
+        if self._stage > 0:
+            pieces = self._wrapper.single_partition_of_fp32_groups
+            return pieces
+        return [p for group in self._base.param_groups for p in group["params"]]
+
+
+def _must_have(holder: Any, internals: Sequence[Internal]) -> None:
+    for internal in internals:
+        if not hasattr(holder, internal.name):
+            raise _changed(internal, f"{type(holder).__name__} has no '{internal.name}' any more")
+
+
+def _changed(internal: Internal, what: str) -> DeepSpeedChangedError:
+    return DeepSpeedChangedError(
+        f"DeepSpeed {deepspeed.__version__}: {what} (in 0.19.8: {internal.where}), so that {internal.without_it};"
+        " install deepspeed>=0.19.8,<0.20"
+    )
