@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from gptb_ds.config import ConfigError, OptimConfig
-from gptb_ds.data.collator import Window
+from gptb_ds.data.window import Window
 from gptb_ds.distributed.world import World
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
