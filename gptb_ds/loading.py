@@ -13,8 +13,8 @@ from gptb_ds.checkpoint.format import checkpoint_folders, newest_good, verify
 from gptb_ds.checkpoint.reader import CheckpointReader
 from gptb_ds.config import Config
 from gptb_ds.distributed.world import World
-from gptb_ds.model.configuration import GPTBConfig
-from gptb_ds.model.modeling import INHERITED, GPTBLMHeadModel
+from gptb_ds.model.configuration import INHERITED, GPTBConfig
+from gptb_ds.model.modeling import GPTBLMHeadModel
 
 
 def load_any(path: str) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:

@@ -1,16 +1,32 @@
-"""The model's public names: GPTB's configuration, the recurrence and the language model."""
+"""The model: GPTB's configurations, the recurrence, the language models, and the window's objective.
 
-from .configuration import GPTBConfig, as_gptb_config, warn_if_memoryless
-from .modeling import GPTBLMHeadModel, GPTBModel, GPTBOutput, warm_start
+The files of this folder but this one and `objective.py` are what an exported model carries with it as its own code:
+they import each other relatively and nothing else of this package. Here they are registered with transformers.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .cache import GPTBCache
+from .configuration import GPTBConfig, as_gptb_config, inherited, warn_if_memoryless
+from .modeling import GPTBLMHeadModel, GPTBModel
+from .outputs import GPTBModelOutput, GPTBOutput
 from .recurrence import SlotRecurrence
+from .warm_start import warm_start
+
+AutoConfig.register(GPTBConfig.model_type, GPTBConfig)
+AutoModel.register(GPTBConfig, GPTBModel)
+AutoModelForCausalLM.register(GPTBConfig, GPTBLMHeadModel)
 
 __all__ = [
+    "GPTBCache",
     "GPTBConfig",
     "GPTBLMHeadModel",
     "GPTBModel",
+    "GPTBModelOutput",
     "GPTBOutput",
     "SlotRecurrence",
     "as_gptb_config",
+    "inherited",
     "warm_start",
     "warn_if_memoryless",
 ]

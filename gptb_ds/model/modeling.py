@@ -1,50 +1,38 @@
-"""The GPT-2 backbone of the recurrence and the language model on top of it.
+"""GPTB as a language model of transformers, and its GPT-2 backbone.
 
-Axes: B lanes, T steps of this call, S slots, E embedding, V vocabulary.
+Axes: B lanes, T tokens of this call, S slots, E embedding, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2Model
+from transformers import GenerationMixin, GPT2Config, GPT2Model
 from transformers.activations import ACT2FN
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedModel
 
-from . import attention
+from .attention import NAME as SLOT_ATTENTION
+from .cache import GPTBCache
 from .configuration import GPTBConfig, as_gptb_config
+from .outputs import GPTBOutput
 from .recurrence import SlotRecurrence
 
-# Keys of the model that a run's configuration does not have: GPT-2's defaults, or what a warm start's model has.
-INHERITED = (
-    *("n_positions", "n_inner", "activation_function", "layer_norm_epsilon", "tie_word_embeddings"),
-    *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
-)
-
-
-def inherited(config: GPT2Config) -> dict[str, Any]:
-    """The values of `INHERITED` in a model's configuration: with the run's own they describe the model."""
-    return {key: getattr(config, key) for key in INHERITED}
-
-
-class GPTBOutput(NamedTuple):
-    """`logits` (B, T, V), the new state (B, S-1, E), and the loss (a scalar) when labels were given."""
-
-    logits: torch.Tensor
-    past_hidden_states: torch.Tensor
-    loss: torch.Tensor | None = None
+# Arguments that transformers' tokenizers and Trainer hand to any model, and that mean nothing here.
+IGNORED = frozenset({"position_ids", "token_type_ids", "cache_position", "output_attentions"})
 
 
 class GPTBPreTrainedModel(GPT2PreTrainedModel):
-    """What both models share: the configuration's class and the choice of attention."""
+    """What both models of the GPT-2 backbone share: the configuration's class and the choice of attention."""
 
     config_class = GPTBConfig
     # A window's causal mask is a plain tensor, which these kernels do not take.
     _supports_flash_attn = False
     _supports_flex_attn = False
+    # The number of tokens is not a shape of anything: `compile_step` is what compiles well.
+    _can_compile_fullgraph = False
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # PreTrainedModel._initialize_weights (modeling_utils.py, transformers 5) treats classes from outside
@@ -57,7 +45,7 @@ class GPTBPreTrainedModel(GPT2PreTrainedModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         if requested_attention is None:
             # GPT-2's upcasting variant exists only in transformers' own "eager" path.
-            requested_attention = "eager" if self.config.reorder_and_upcast_attn else attention.NAME
+            requested_attention = "eager" if self.config.reorder_and_upcast_attn else SLOT_ATTENTION
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
 
@@ -69,7 +57,12 @@ class GPTBModel(SlotRecurrence, GPTBPreTrainedModel, GPT2Model):
 
     def __init__(self, config: GPT2Config) -> None:
         """Copies `config`, a `GPTBConfig` or a plain `GPT2Config`. Raises ValueError for one that does not hold up."""
-        super().__init__(as_gptb_config(config))
+        config = as_gptb_config(config)
+        context = config.n_positions
+        # GPT2Model makes a row of `wpe` for each of n_positions; here positions are slots, and tokens have no limit.
+        config.n_positions = config.position_rows
+        super().__init__(config)
+        config.n_positions = context
         for block in cast(list[GPT2Block], self.h):
             # SDPA without a mask falls back to this flag, which GPT-2's attention sets.
             block.attn.is_causal = not self.config.rebias
@@ -79,33 +72,38 @@ class GPTBModel(SlotRecurrence, GPTBPreTrainedModel, GPT2Model):
 
     def slot_context(self, like_E: torch.Tensor) -> tuple[Any, ...]:
         slots = self.config.num_slots
-        positions_SE = self.wpe(torch.arange(slots, device=like_E.device))
-        if self.config.rebias:
-            return positions_SE, None
-        mask_SS = torch.full((slots, slots), torch.finfo(like_E.dtype).min, dtype=like_E.dtype, device=like_E.device)
-        return positions_SE, mask_SS.triu(1)
+        order = torch.arange(slots, device=like_E.device)
+        if self.config.preserve_decoder:
+            # The tokens have the positions that they had in the decoder, the state those behind them.
+            order = order.roll(slots - 1 - self.recent_tokens)
+        return self.wpe(order), self.slot_mask(like_E)
 
-    def run_slots(self, x_BSE: torch.Tensor, context: tuple[Any, ...]) -> torch.Tensor:
+    def run_slots(
+        self, x_BSE: torch.Tensor, context: tuple[Any, ...], layers: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         # The blocks are called directly: GPT2Model.forward would build masks and positions anew for every token.
         positions_SE, mask_SS = context
         x_BSE = self.drop(x_BSE + positions_SE)
         for block in self.h:
+            if layers is not None:
+                layers.append(x_BSE)
             x_BSE = block(x_BSE, None, mask_SS)
-        return self.ln_f(x_BSE)
+        y_BSE = self.ln_f(x_BSE)
+        if layers is not None:
+            layers.append(y_BSE)
+        return y_BSE
 
 
-class GPTBLMHeadModel(GPTBPreTrainedModel):
-    """`GPTBModel` with GPT-2's language-model head, tied to the token embedding unless `tie_word_embeddings=False`."""
+class RecurrentLM(nn.Module):
+    """What a language model over a `SlotRecurrence` does, whatever the backbone: forward, state, generate.
 
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    It stands before `GenerationMixin` and a `PreTrainedModel`, which hold `transformer` and `lm_head`.
+    """
 
-    def __init__(self, config: GPT2Config) -> None:
-        """Copies `config`, a `GPTBConfig` or a plain `GPT2Config`. Raises ValueError for one that does not hold up."""
-        transformer = GPTBModel(config)
-        super().__init__(transformer.config)
-        self.transformer = transformer
-        self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False)
-        self.post_init()
+    config: Any
+    transformer: Any
+    lm_head: nn.Linear
+    accepts_loss_kwargs = True  # for transformers' Trainer: forward takes num_items_in_batch
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
@@ -121,68 +119,164 @@ class GPTBLMHeadModel(GPTBPreTrainedModel):
         """Compiles one step of the recurrence with `torch.compile(**kwargs)`; see `SlotRecurrence.compile_step`."""
         self.transformer.compile_step(**kwargs)
 
+    def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Next-token logits (..., V) of last-slot outputs (..., E)."""
+        logits = self.lm_head(hidden)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         past_hidden_states: torch.Tensor | None = None,
         reset: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         recompute_every: int = 0,
-    ) -> GPTBOutput:
-        """`logits, past_hidden_states, loss = model(tokens, past_hidden_states=past_hidden_states)`.
+        *,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: GPTBCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A causal language model's forward; unpacks as the original's loop does: `logits, past_hidden_states, loss`.
 
-        Arguments as in `SlotRecurrence.forward`. `labels` (B, T) are the targets of the SAME positions: `labels[b, t]`
-        is the token that follows `input_ids[b, t]`; nothing is shifted inside, and -100 is not counted. The loss is the
-        mean over counted labels, in nats (0 when there is none).
+        Arguments as in `SlotRecurrence.forward`. `labels` (B, T) follow transformers' convention: they are `input_ids`
+        and are shifted inside, so that position t is scored on `labels[:, t + 1]`; -100 is not counted. The loss is the
+        mean over counted labels, in nats (0 when there is none), or their sum over `num_items_in_batch`.
+        `logits_to_keep` = n > 0 computes the logits of the last n tokens only.
 
         Raises ValueError as `SlotRecurrence.forward` does, and for labels of another shape or outside the vocabulary.
         """
-        if labels is not None and labels.shape != input_ids.shape:
+        if unknown := sorted(kwargs.keys() - IGNORED):
+            raise TypeError(f"{type(self).__name__}.forward has no argument {', '.join(unknown)}")
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: attention is among slots, not among tokens, and is not returned")
+        given = input_ids if input_ids is not None else inputs_embeds
+        if labels is not None and given is not None and labels.shape != given.shape[:2]:
             raise ValueError(
-                f"labels has shape {tuple(labels.shape)}; expected {tuple(input_ids.shape)} like input_ids, one target"
-                " for each token (not shifted)"
+                f"labels has shape {tuple(labels.shape)}; expected {tuple(given.shape[:2])} like input_ids (they are"
+                " shifted inside)"
             )
-        hidden_BTE, state_BSE = self.transformer(input_ids, past_hidden_states, reset, recompute_every)
-        logits_BTV = self.lm_head(hidden_BTE)
-        loss = None if labels is None else _mean_loss(logits_BTV, labels)
-        return GPTBOutput(logits_BTV, state_BSE, loss)
+        hidden = self.transformer(
+            input_ids,
+            past_hidden_states,
+            reset,
+            recompute_every,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            keep_last=0 if labels is not None else logits_to_keep,
+        )
+        logits_BTV = self.logits_of(hidden.last_hidden_state)
+        output = GPTBOutput(
+            loss=None if labels is None else _shifted_loss(logits_BTV, labels, num_items_in_batch),
+            logits=logits_BTV,
+            past_key_values=hidden.past_key_values,
+            past_hidden_states=hidden.past_hidden_states,
+            hidden_states=hidden.hidden_states,
+        )
+        wants_dict = bool(self.config.return_dict) if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+    # transformers' generate
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate`, which may also continue from a state.
+
+        `past_key_values` is a `GPTBCache` that has read something; the tokens are then either the whole sequence, which
+        begins with what the cache has read, or only what is new: the cache knows its tokens and tells them apart. (An
+        `attention_mask` longer than the tokens says that they are new, as everywhere in transformers.)
+        `past_hidden_states` (B, S-1, E) is a bare state to start from.
+        """
+        cache = kwargs.get("past_key_values")
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if isinstance(cache, GPTBCache) and cache.layer.seen and ids is not None and ids.dim() == 2:
+            kwargs["attention_mask"] = _mask_after(cache, ids, kwargs.get("attention_mask"))
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        # GenerationMixin would make a DynamicCache of keys and values here (generation/utils.py, transformers 5).
+        state_BSE, cache = model_kwargs.get("past_hidden_states"), model_kwargs.get("past_key_values")
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "offloaded"):
+            raise ValueError(
+                f"cache_implementation '{kind}': the state has one size anyway; leave it out, or choose 'offloaded'"
+            )
+        if cache is not None:
+            if state_BSE is not None:
+                raise ValueError("give the state as past_key_values or as past_hidden_states, not both")
+            cache._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs.pop("past_hidden_states", None)
+            model_kwargs["past_key_values"] = GPTBCache(state_BSE, offloading=kind == "offloaded")
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        cache = kwargs.get("past_key_values")
+        if (
+            isinstance(cache, GPTBCache)
+            and cache.given_whole
+            and kwargs.get("is_first_iteration")
+            and kwargs.get("next_sequence_length", 0) is None
+        ):
+            # GenerationMixin._assisted_decoding leaves out the slicing that its _prefill does.
+            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.layer.seen
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
 
 
-def _mean_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    logits_RV = logits_BTV.flatten(0, 1)
+class GPTBLMHeadModel(RecurrentLM, GPTBPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """`GPTBModel` with GPT-2's language-model head, tied to the token embedding unless `tie_word_embeddings=False`."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+
+    def __init__(self, config: GPT2Config) -> None:
+        """Copies `config`, a `GPTBConfig` or a plain `GPT2Config`. Raises ValueError for one that does not hold up."""
+        transformer = GPTBModel(config)
+        super().__init__(transformer.config)
+        self.transformer = transformer
+        self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False)
+        self.post_init()
+
+
+def _shifted_loss(
+    logits_BTV: torch.Tensor, labels_BT: torch.Tensor, num_items: torch.Tensor | int | None
+) -> torch.Tensor:
+    logits_RV = logits_BTV[:, :-1].flatten(0, 1)
     logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+    labels_R = labels_BT[:, 1:].flatten().to(logits_RV.device)
     try:
-        total = F.cross_entropy(logits_RV, labels_BT.reshape(-1), ignore_index=-100, reduction="sum")
+        total = F.cross_entropy(logits_RV, labels_R, ignore_index=-100, reduction="sum")
     except IndexError:
         raise ValueError(
             f"labels hold tokens from {int(labels_BT.min())} to {int(labels_BT.max())}, but the vocabulary is 0 to"
             f" {logits_BTV.shape[-1] - 1} (-100 = not counted)"
         ) from None
-    return total / (labels_BT != -100).sum().clamp(min=1)
+    if num_items is None:
+        num_items = (labels_R != -100).sum().clamp(min=1)
+    return total / num_items
 
 
-def warm_start(config: GPT2Config, path: str) -> GPTBLMHeadModel:
-    """A model whose blocks start from the GPT-2 (or GPTB) at `path`, a folder or a hub name, in float32, for training.
+def _mask_after(cache: GPTBCache, ids_BT: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask by which `GenerationMixin._prefill` knows whether `ids_BT` are the whole sequence or only what is new.
 
-    Only `initial_embeds` is new, unless `path` has one of the same shape. What `INHERITED` names follows `path`.
-
-    Raises ValueError when the shape of the model at `path` is not that of `config`, or when it has cross-attention.
+    Raises ValueError when the cache has already read all of it.
     """
-    config = as_gptb_config(config)
-    source = AutoConfig.from_pretrained(path)
-    if not isinstance(source, GPT2Config):
-        raise ValueError(f"{path} holds a {source.model_type} model; GPTB starts from a GPT-2")
-    if source.add_cross_attention:
-        raise ValueError(f"the model at {path} has cross-attention, which GPTB has no use for; choose another")
-    for key, value in inherited(source).items():
-        setattr(config, key, value)
-    pairs = [(key, getattr(config, key), getattr(source, key)) for key in ("n_layer", "n_head", "n_embd", "vocab_size")]
-    wrong = [f"{key} {ours} (there: {theirs})" for key, ours, theirs in pairs if ours != theirs]
-    if wrong:
-        raise ValueError(f"the model at {path} has another shape: {', '.join(wrong)}; set what it has")
-    return GPTBLMHeadModel.from_pretrained(path, config=config, dtype=torch.float32, use_safetensors=True).train()
-
-
-AutoConfig.register(GPTBConfig.model_type, GPTBConfig)
-AutoModel.register(GPTBConfig, GPTBModel)
-AutoModelForCausalLM.register(GPTBConfig, GPTBLMHeadModel)
+    lanes, steps = ids_BT.shape
+    cache.given_whole = (mask is None or mask.shape[1] == steps) and cache.knows(ids_BT, mask)
+    if cache.given_whole and steps == cache.layer.seen:
+        raise ValueError(f"past_key_values has read all {steps} tokens already: give at least one new one")
+    if cache.given_whole or (mask is not None and mask.shape[1] > steps):
+        return mask
+    new = torch.ones_like(ids_BT) if mask is None else mask
+    return torch.cat((new.new_ones((lanes, cache.layer.seen)), new), dim=1)

@@ -73,7 +73,7 @@ class WindowObjective(nn.Module):
     def _rows_loss(
         self, hidden_RE: torch.Tensor, targets_R: torch.Tensor, weights_R: torch.Tensor | None
     ) -> torch.Tensor:
-        logits_RV = self.model.lm_head(hidden_RE)
+        logits_RV = self.model.logits_of(hidden_RE)
         logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
         if weights_R is None:
             return F.cross_entropy(logits_RV, targets_R, reduction="sum")

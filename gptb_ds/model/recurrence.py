@@ -1,27 +1,46 @@
 """GPTB's recurrence, whatever the backbone: outputs become inputs, one token column a step.
 
-Axes: B lanes, K steps of this call (T where lanes come first), S slots, E embedding.
+Axes: B lanes, K steps of this call (T where lanes come first), S slots, E embedding, C recent tokens, N = S-1-C state
+slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .cache import GPTBCache
+from .outputs import GPTBModelOutput
+
+# Columns embedded and kept at once when no gradient is needed: the memory of a prompt of any length.
+READ_CHUNK = 256
+# Where `preserve_decoder` starts: exp(-8) of an attention weight, 0.03%.
+CLOSED_GATE = 8.0
+
+
+class Unrolled(NamedTuple):
+    """`hidden_KBE`: outputs of the last slot (only the last ones, when asked); the newest state is `states[-1]`."""
+
+    hidden_KBE: torch.Tensor
+    states: list[torch.Tensor]
+    layers: list[torch.Tensor] | None
+
 
 class SlotRecurrence(nn.Module):
     """Mix-in before a transformers decoder: makes it read `[state, token]` and hand its outputs back as the state.
 
-    A backbone supplies `slot_context` and `run_slots`; its configuration supplies `num_slots`, `rebias` and
-    `hidden_size`. Nothing here detaches, is kept on a module between calls, or changes a caller's tensor.
+    A backbone supplies `slot_context` and `run_slots`; its configuration supplies `num_slots`, `rebias`,
+    `hidden_size`, and `recent_tokens` and `preserve_decoder` if it has them. Nothing here detaches, is kept on a module
+    between calls, or changes a caller's tensor; a caller's cache is brought up to date, as by transformers' own models.
     """
 
     config: Any
     initial_embeds: nn.Parameter
+    state_gate: nn.Parameter
     _compiled_step: Any = None
 
     # What a backbone supplies
@@ -30,15 +49,27 @@ class SlotRecurrence(nn.Module):
         """What all steps of a window share (positions, mask), in the type and on the device of `like_E`."""
         raise NotImplementedError
 
-    def run_slots(self, x_BSE: torch.Tensor, context: tuple[Any, ...]) -> torch.Tensor:
-        """The backbone over one set of slots, embeddings in, normalised outputs out, both (B, S, E)."""
+    def run_slots(
+        self, x_BSE: torch.Tensor, context: tuple[Any, ...], layers: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The backbone over one set of slots, embeddings in, normalised outputs out, both (B, S, E).
+
+        `layers`, when given, takes the outputs (B, S, E) of the embedding and of each block, the last one normalised.
+        """
         raise NotImplementedError
 
-    # The parameter of the initial state
+    # The parameters of the recurrence
+
+    @property
+    def recent_tokens(self) -> int:
+        """C: carried vectors that are the embeddings of the last tokens, not outputs of the blocks."""
+        return getattr(self.config, "recent_tokens", 0)
 
     def post_init(self) -> None:
         """Transformers calls this at the end of a backbone's construction, before weights are drawn."""
         self.initial_embeds = nn.Parameter(torch.empty(self.config.num_slots - 1, self.config.hidden_size))
+        if getattr(self.config, "preserve_decoder", False):
+            self.state_gate = nn.Parameter(torch.empty(self.config.num_slots - 1 - self.recent_tokens))
         super().post_init()  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -46,6 +77,8 @@ class SlotRecurrence(nn.Module):
         if module is self:
             # torch.nn.init is guarded by transformers while weights load, so a loaded state is not drawn again.
             nn.init.normal_(self.initial_embeds, mean=0.0, std=1.0)
+            if hasattr(self, "state_gate"):
+                nn.init.constant_(self.state_gate, -1.0)
 
     # The recurrence
 
@@ -81,51 +114,131 @@ class SlotRecurrence(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         past_hidden_states: torch.Tensor | None = None,
         reset: torch.Tensor | None = None,
         recompute_every: int = 0,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: GPTBCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        keep_last: int = 0,
         time_major: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `unroll`, but lanes first: `input_ids` and `reset` (B, T), outputs (B, T, E), unless `time_major`."""
+    ) -> Any:
+        """As `unroll`, but lanes first and as transformers' base models are called.
+
+        `input_ids` and `reset` (B, T), or `inputs_embeds` (B, T, E). `attention_mask` (B, T or more, of which the last
+        T count): where it is 0 the token is not read and the lane's state stays as it was. The state comes from
+        `past_key_values` or as `past_hidden_states` (B, S-1, E). `keep_last` = n > 0 returns the outputs of the last n
+        tokens only. Without gradients a call of any length needs the memory of `READ_CHUNK` tokens and its outputs.
+
+        Returns `GPTBModelOutput`, which unpacks as `outputs (B, T, E), state`; a tuple without `return_dict`.
+        """
         if time_major:
-            return self._unroll(input_ids, past_hidden_states, reset, recompute_every)
-        hidden_TBE, state_BSE = self._unroll(
-            _turned(input_ids), past_hidden_states, None if reset is None else _turned(reset), recompute_every
+            assert input_ids is not None
+            self._check_inputs(input_ids, None, past_hidden_states, reset, recompute_every)
+            unrolled = self._unroll(input_ids, None, past_hidden_states, reset, None, recompute_every)
+            return unrolled.hidden_KBE, unrolled.states[-1]
+        ids_TB, embeds_TBE, reset_TB = (_turned(tensor) for tensor in (input_ids, inputs_embeds, reset))
+        self._check_inputs(ids_TB, embeds_TBE, past_hidden_states, reset_TB, recompute_every)
+        given = ids_TB if ids_TB is not None else embeds_TBE
+        assert given is not None
+        mask_TB = _read_mask(attention_mask, given)
+        state = past_hidden_states
+        if past_key_values is not None:
+            state = _state_of(past_key_values, state, self, given.shape[1])
+        if use_cache is None:
+            use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
+        cache = (past_key_values or GPTBCache()) if use_cache else None
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        unrolled = self._unroll(
+            ids_TB,
+            embeds_TBE,
+            state,
+            reset_TB,
+            mask_TB,
+            recompute_every,
+            keep_last=keep_last,
+            keep_states=1 if cache is None or torch.is_grad_enabled() else cache.wanted,
+            with_layers=output_hidden_states,
         )
-        return hidden_TBE.transpose(0, 1), state_BSE
+        if cache is not None:
+            cache.append(unrolled.states, ids_TB, mask_TB, len(given))
+        output = GPTBModelOutput(
+            last_hidden_state=unrolled.hidden_KBE.transpose(0, 1),
+            past_key_values=cache,
+            past_hidden_states=unrolled.states[-1],
+            hidden_states=None if unrolled.layers is None else tuple(x.transpose(0, 1) for x in unrolled.layers),
+        )
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
     def _unroll(
         self,
-        input_ids_KB: torch.Tensor,
+        ids_KB: torch.Tensor | None,
+        embeds_KBE: torch.Tensor | None,
         state_BSE: torch.Tensor | None,
         reset_KB: torch.Tensor | None,
+        mask_KB: torch.Tensor | None,
         recompute_every: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check_inputs(input_ids_KB, state_BSE, reset_KB, recompute_every)
-        tokens_KBE = self._embed(input_ids_KB)
+        keep_last: int = 0,
+        keep_states: int = 1,
+        with_layers: bool = False,
+    ) -> Unrolled:
+        given = ids_KB if ids_KB is not None else embeds_KBE
+        assert given is not None
+        steps, lanes = given.shape[:2]
+        like_E = self.initial_embeds
         # A copy, not the parameter: under ZeRO-3 recomputation may find the parameter itself released.
-        initial_SE = self.initial_embeds.to(tokens_KBE.dtype, copy=True)
-        context = self.slot_context(tokens_KBE)
-        if state_BSE is None:
-            state_BSE = initial_SE.expand(input_ids_KB.shape[1], -1, -1)
-        else:
-            state_BSE = state_BSE.to(tokens_KBE.dtype)
-        # unbind and not indexing: its backward is one stack instead of K zero-filled copies of the window.
-        tokens = tokens_KBE.unsqueeze(2).unbind(0)  # K times (B, 1, E)
-        resets = [None] * len(tokens) if reset_KB is None else reset_KB[:, :, None, None].unbind(0)  # (B, 1, 1)
-        chunk = recompute_every if recompute_every and torch.is_grad_enabled() else len(tokens)
+        initial_SE = like_E.clone()
+        context = self.slot_context(like_E)
+        state_BSE = initial_SE.expand(lanes, -1, -1) if state_BSE is None else state_BSE.to(like_E)
+        recomputed = bool(recompute_every) and torch.is_grad_enabled() and recompute_every < steps
+        chunk = recompute_every if recomputed else (steps if torch.is_grad_enabled() else READ_CHUNK)
+        resets, masks = _columns(reset_KB, steps), _columns(mask_KB, steps)
         hidden: list[torch.Tensor] = []
-        for start in range(0, len(tokens), chunk):
-            columns = tokens[start : start + chunk], resets[start : start + chunk]
-            if chunk < len(tokens):
-                *outputs, state_BSE = checkpoint(
-                    self._steps, *columns, state_BSE, initial_SE, context, use_reentrant=False
-                )
+        states = [state_BSE]
+        layers: list[torch.Tensor] | None = [] if with_layers else None
+        start = 0
+        for tokens in self._token_chunks(ids_KB, embeds_KBE, chunk):
+            part = slice(start, start + len(tokens))
+            columns = tokens, resets[part], masks[part], states[-1], initial_SE, context
+            if recomputed and not with_layers:
+                *outputs, state_BSE = checkpoint(self._steps, *columns, use_reentrant=False)
+                states = [state_BSE]
             else:
-                *outputs, state_BSE = self._steps(*columns, state_BSE, initial_SE, context)
-            hidden += outputs
-        return torch.stack(hidden).squeeze(2), state_BSE  # (K, B, 1, E) -> (K, B, E)
+                seen: list[torch.Tensor] = []
+                *outputs, state_BSE = self._steps(*columns, seen if keep_states > 1 else None, layers)
+                states = [*states, *seen][-keep_states:] if keep_states > 1 else [state_BSE]
+            hidden = (hidden + outputs)[-keep_last:]
+            start = part.stop
+        # Each output is (B, 1, E): -> (K, B, E). Layers: each step has put its own, (B, E), one after another.
+        stacked = None
+        if layers is not None:
+            depth = len(layers) // steps
+            stacked = [torch.stack(layers[i::depth]) for i in range(depth)]
+        return Unrolled(torch.stack(hidden).squeeze(2), states, stacked)
+
+    def _token_chunks(
+        self, ids_KB: torch.Tensor | None, embeds_KBE: torch.Tensor | None, chunk: int
+    ) -> Iterator[Sequence[torch.Tensor]]:
+        """The embedded columns, (B, 1, E) each, `chunk` at a time."""
+        if torch.is_grad_enabled():
+            embedded_KBE = embeds_KBE if ids_KB is None else self._embed(ids_KB)
+            assert embedded_KBE is not None
+            # unbind and not indexing: its backward is one stack instead of K zero-filled copies of the window.
+            tokens = embedded_KBE.to(self.initial_embeds.dtype).unsqueeze(2).unbind(0)
+            for start in range(0, len(tokens), chunk):
+                yield tokens[start : start + chunk]
+            return
+        given = ids_KB if ids_KB is not None else embeds_KBE
+        assert given is not None
+        for part in given.split(chunk):
+            embedded_KBE = part if ids_KB is None else self._embed(part)
+            yield embedded_KBE.to(self.initial_embeds.dtype).unsqueeze(2).unbind(0)
 
     def compile_step(self, **kwargs: Any) -> None:
         """Compiles one step with `torch.compile(**kwargs)`: compiled once, called for every column."""
@@ -135,31 +248,77 @@ class SlotRecurrence(nn.Module):
         self,
         tokens: Sequence[torch.Tensor],
         resets: Sequence[torch.Tensor | None],
+        masks: Sequence[torch.Tensor | None],
         state_BSE: torch.Tensor,
         initial_SE: torch.Tensor,
         context: tuple[Any, ...],
+        states: list[torch.Tensor] | None = None,
+        layers: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        step = self._compiled_step or type(self)._step
+        """The last slot's outputs (B, 1, E) of each column, and the state after them. Adds to `states`, `layers`."""
+        step = self._compiled_step if self._compiled_step and layers is None else type(self)._step
+        extra = () if layers is None else (layers,)
         outputs = []
-        for token_B1E, reset_B11 in zip(tokens, resets, strict=True):
-            hidden_B1E, state_BSE = step(self, token_B1E, reset_B11, state_BSE, initial_SE, context)
+        for token_B1E, reset_B11, mask_B11 in zip(tokens, resets, masks, strict=True):
+            hidden_B1E, state_BSE = step(self, token_B1E, reset_B11, mask_B11, state_BSE, initial_SE, context, *extra)
             outputs.append(hidden_B1E)
+            if states is not None:
+                states.append(state_BSE)
         return *outputs, state_BSE
 
     def _step(
         self,
         token_B1E: torch.Tensor,
         reset_B11: torch.Tensor | None,
+        mask_B11: torch.Tensor | None,
         state_BSE: torch.Tensor,
         initial_SE: torch.Tensor,
         context: tuple[Any, ...],
+        layers: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        before_BSE = state_BSE
         if reset_B11 is not None:
             state_BSE = torch.where(reset_B11, initial_SE, state_BSE)
-        y_BSE = self.run_slots(torch.cat((state_BSE, token_B1E), dim=1), context)
+        seen: list[torch.Tensor] | None = None if layers is None else []
+        y_BSE = self.run_slots(torch.cat((state_BSE, token_B1E), dim=1), context, *(() if seen is None else (seen,)))
+        if layers is not None and seen is not None:
+            layers += [layer_BSE[:, -1] for layer_BSE in seen]
         # split and not slicing: its backward is one cat.
-        state_BSE, hidden_B1E = y_BSE.split((y_BSE.shape[1] - 1, 1), dim=1)
-        return hidden_B1E, state_BSE
+        outputs_BSE, hidden_B1E = y_BSE.split((y_BSE.shape[1] - 1, 1), dim=1)
+        new_state_BSE = self.next_state(state_BSE, token_B1E, outputs_BSE)
+        if mask_B11 is not None:
+            new_state_BSE = torch.where(mask_B11, new_state_BSE, before_BSE)
+        return hidden_B1E, new_state_BSE
+
+    def next_state(self, state_BSE: torch.Tensor, token_B1E: torch.Tensor, outputs_BSE: torch.Tensor) -> torch.Tensor:
+        """What is carried on, (B, S-1, E), out of what was carried, the token's embedding and the blocks' outputs.
+
+        GPTB carries the outputs. With `recent_tokens` = C the last C vectors are the last C tokens' embeddings instead.
+        The one place for another rule: a gate, a cap or a residual between old and new state.
+        """
+        recent = self.recent_tokens
+        if not recent:
+            return outputs_BSE
+        kept = state_BSE.shape[1] - recent
+        return torch.cat((outputs_BSE[:, :kept], state_BSE[:, kept + 1 :], token_B1E), dim=1)
+
+    def slot_mask(self, like_E: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the attention scores, (S, S) with a row for each slot that looks; None = nothing.
+
+        `rebias` lets all slots see all; without it each sees those before it. With `preserve_decoder` the state slots
+        see all, the tokens see each other as in a decoder, and the state through a learned gate that starts closed.
+        """
+        slots, recent = self.config.num_slots, self.recent_tokens
+        if self.config.rebias and not getattr(self.config, "preserve_decoder", False):
+            return None
+        hidden = torch.finfo(like_E.dtype).min
+        causal_SS = torch.full((slots, slots), hidden, dtype=like_E.dtype, device=like_E.device).triu(1)
+        if not getattr(self.config, "preserve_decoder", False):
+            return causal_SS
+        gate_N = CLOSED_GATE * self.state_gate
+        rows_of_state_NS = causal_SS.new_zeros(len(gate_N), slots)
+        rows_of_tokens = torch.cat((gate_N.expand(recent + 1, -1), causal_SS[-recent - 1 :, -recent - 1 :]), dim=1)
+        return torch.cat((rows_of_state_NS, rows_of_tokens))
 
     def _embed(self, input_ids_KB: torch.Tensor) -> torch.Tensor:
         try:
@@ -173,30 +332,89 @@ class SlotRecurrence(nn.Module):
 
     def _check_inputs(
         self,
-        input_ids_KB: torch.Tensor,
+        ids_KB: torch.Tensor | None,
+        embeds_KBE: torch.Tensor | None,
         state: torch.Tensor | None,
         reset_KB: torch.Tensor | None,
         recompute_every: int,
     ) -> None:
-        shape = tuple(input_ids_KB.shape)
-        if len(shape) != 2 or 0 in shape:
-            raise ValueError(f"input_ids has shape {shape[::-1]}; expected (lanes, steps), at least one of each")
-        if input_ids_KB.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids has type {input_ids_KB.dtype}; expected whole numbers (torch.int64 or int32)")
-        expected = (shape[1], self.config.num_slots - 1, self.config.hidden_size)
-        if state is not None and tuple(state.shape) != expected:
+        if (ids_KB is None) == (embeds_KBE is None):
+            raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
+        width = self.config.hidden_size
+        if ids_KB is not None:
+            shape = _lanes_first(ids_KB)
+            if len(shape) != 2 or 0 in shape:
+                raise ValueError(f"input_ids has shape {shape}; expected (lanes, steps), at least one of each")
+            if ids_KB.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"input_ids has type {ids_KB.dtype}; expected whole numbers (torch.int64 or int32)")
+        else:
+            assert embeds_KBE is not None
+            shape = _lanes_first(embeds_KBE)
+            if len(shape) != 3 or 0 in shape or shape[2] != width:
+                raise ValueError(f"inputs_embeds has shape {shape}; expected (lanes, steps, {width})")
+        check_state(state, shape[0], self.config)
+        if reset_KB is not None and (_lanes_first(reset_KB) != shape[:2] or reset_KB.dtype != torch.bool):
             raise ValueError(
-                f"past_hidden_states has shape {tuple(state.shape)}; expected {expected}: (lanes, num_slots - 1, width)"
-            )
-        if reset_KB is not None and (tuple(reset_KB.shape) != shape or reset_KB.dtype != torch.bool):
-            raise ValueError(
-                f"reset has shape {tuple(reset_KB.shape)[::-1]} and type {reset_KB.dtype}; expected {shape[::-1]} like"
+                f"reset has shape {_lanes_first(reset_KB)} and type {reset_KB.dtype}; expected {shape[:2]} like"
                 " input_ids, bool"
             )
         if recompute_every < 0:
             raise ValueError(f"recompute_every is {recompute_every}; expected 0 (off) or a number of steps")
 
 
-def _turned(tensor_BT: torch.Tensor) -> torch.Tensor:
-    """Lanes first -> time first. Another number of axes is left to the check of shapes, which knows the words."""
-    return tensor_BT.t() if tensor_BT.dim() == 2 else tensor_BT
+def check_state(state_BSE: torch.Tensor | None, lanes: int, config: Any) -> None:
+    """Raises ValueError for a state of another shape than `lanes` lanes of the model of `config` have."""
+    expected = (lanes, config.num_slots - 1, config.hidden_size)
+    if state_BSE is not None and tuple(state_BSE.shape) != expected:
+        raise ValueError(
+            f"past_hidden_states has shape {tuple(state_BSE.shape)}; expected {expected}: (lanes, num_slots - 1, width)"
+        )
+
+
+def _turned(tensor_BT: torch.Tensor | None) -> torch.Tensor | None:
+    """Lanes first -> time first. Too few axes are left to the check of shapes, which knows the words."""
+    return tensor_BT.transpose(0, 1) if tensor_BT is not None and tensor_BT.dim() > 1 else tensor_BT
+
+
+def _lanes_first(tensor_KB: torch.Tensor) -> tuple[int, ...]:
+    shape = tuple(tensor_KB.shape)
+    return (shape[1], shape[0], *shape[2:]) if len(shape) > 1 else shape
+
+
+def _columns(flags_KB: torch.Tensor | None, steps: int) -> Sequence[torch.Tensor | None]:
+    """K flags (B, 1, 1), ready to choose between states."""
+    return [None] * steps if flags_KB is None else flags_KB[:, :, None, None].unbind(0)
+
+
+def _read_mask(attention_mask: torch.Tensor | None, given_TB: torch.Tensor) -> torch.Tensor | None:
+    """(T, B) bool: which of this call's tokens are read. A mask may also cover the tokens that came before them."""
+    if attention_mask is None:
+        return None
+    steps, lanes = given_TB.shape[:2]
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != lanes or attention_mask.shape[1] < steps:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected ({lanes}, {steps}), one number for each"
+            " token (0 = not read)"
+        )
+    return attention_mask[:, -steps:].to(given_TB.device).bool().t()
+
+
+def _state_of(cache: GPTBCache, state: torch.Tensor | None, model: SlotRecurrence, lanes: int) -> torch.Tensor | None:
+    if not isinstance(cache, GPTBCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}; this model keeps its state in a GPTBCache (the"
+            " past_key_values that it returns)"
+        )
+    if state is not None:
+        raise ValueError("give the state as past_key_values or as past_hidden_states, not both")
+    if cache.state is not None and cache.state.shape[0] != lanes:
+        raise ValueError(
+            f"past_key_values holds {cache.state.shape[0]} lanes, the tokens have {lanes};"
+            " cache.batch_repeat_interleave(n) gives each lane n times"
+        )
+    check_state(cache.state, lanes, model.config)
+    return cache.state
+
+
+def _wants_dict(return_dict: bool | None, config: Any) -> bool:
+    return bool(config.return_dict) if return_dict is None else return_dict

@@ -32,9 +32,10 @@ from gptb_ds.evaluation import held_out_loss, metrics_of
 from gptb_ds.exit_codes import DONE, FAULT, STOPPED, USAGE
 from gptb_ds.generation import generate
 from gptb_ds.loading import model_configuration
-from gptb_ds.model.configuration import warn_if_memoryless
-from gptb_ds.model.modeling import GPTBLMHeadModel, inherited, warm_start
+from gptb_ds.model.configuration import inherited, warn_if_memoryless
+from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
+from gptb_ds.model.warm_start import warm_start
 from gptb_ds.training.deepspeed_policy import offload_devices, read_policy, zero_stage
 from gptb_ds.training.engine import Engine, check_policy
 from gptb_ds.training.metrics import MetricsLog

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import NewGELUActivation
 
@@ -57,16 +58,17 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], *
 def test_unroll_is_stepping_with_resets() -> None:
     model, state = make(), make_state()
     ids, labels, reset = make_window()
-    window = model(ids, past_hidden_states=state, reset=reset, labels=labels)
+    window = model(ids, past_hidden_states=state, reset=reset)
     steps, losses = [], []
     for t in range(T):
         column = slice(t, t + 1)
-        logits, state, loss = model(ids[:, column], state, reset[:, column], labels[:, column])
+        logits, state, _ = model(ids[:, column], state, reset[:, column])
         steps.append(logits)
-        losses.append(loss)
+        losses.append(F.cross_entropy(logits[:, 0], labels[:, t]))
     torch.testing.assert_close(torch.cat(steps, dim=1), window.logits)
     torch.testing.assert_close(state, window.past_hidden_states)
-    assert_same(gradients(model, torch.stack(losses).mean()), gradients(model, window.loss))
+    whole = F.cross_entropy(window.logits.flatten(0, 1), labels.flatten())
+    assert_same(gradients(model, torch.stack(losses).mean()), gradients(model, whole))
 
 
 @pytest.mark.parametrize("edge", range(1, T))
@@ -244,7 +246,7 @@ def test_the_recurrence_runs_another_backbone() -> None:
             positions_1S = torch.arange(self.config.num_slots)[None]
             return self.rotary_emb(like_E, positions_1S), positions_1S
 
-        def run_slots(self, x_BSE: torch.Tensor, context: tuple[Any, ...]) -> torch.Tensor:
+        def run_slots(self, x_BSE: torch.Tensor, context: tuple[Any, ...], layers: Any = None) -> torch.Tensor:
             rotation, positions_1S = context
             for layer in self.layers:
                 x_BSE = layer(x_BSE, position_embeddings=rotation, position_ids=positions_1S)
@@ -266,11 +268,13 @@ def test_the_recurrence_runs_another_backbone() -> None:
     torch.testing.assert_close(last, state)
 
 
-def test_model_without_head_returns_plain_tuples() -> None:
+def test_model_without_head_unpacks_as_outputs_and_state() -> None:
     model = GPTBModel(make().config)
-    output = model(make_window()[0])
-    assert type(output) is tuple
-    assert output[0].shape == (B, T, E) and output[1].shape == (B, S - 1, E)
+    ids = make_window()[0]
+    hidden, state = model(ids)
+    assert hidden.shape == (B, T, E) and state.shape == (B, S - 1, E)
+    plain = model(ids, return_dict=False, use_cache=False)
+    assert type(plain) is tuple and torch.equal(plain[0], hidden) and torch.equal(plain[1], state)
 
 
 def test_time_first_is_lanes_first_turned() -> None:

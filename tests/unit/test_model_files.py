@@ -21,7 +21,7 @@ from transformers import (
 
 from gptb_ds import GPTBConfig, GPTBLMHeadModel, GPTBModel
 from gptb_ds.model import warm_start
-from gptb_ds.model.modeling import INHERITED
+from gptb_ds.model.configuration import INHERITED
 
 SHAPE = {"vocab_size": 31, "n_positions": 12, "n_embd": 16, "n_layer": 2, "n_head": 2}
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 30]])
