@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class World:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     host: str = field(default_factory=socket.gethostname)
-    control: Any = None
+    control: dist.ProcessGroup | None = None
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over the ranks, in place, on the device's group."""
@@ -36,49 +41,45 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
-    def all_gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: T) -> list[T]:
         """Every rank's small Python value, in rank order, on all ranks."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
-        return values
+        return cast("list[T]", values)
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value` on all ranks. An exception there is raised on every rank."""
+    def broadcast(self, value: T) -> T:
+        """Rank 0's small Python `value` on all ranks."""
         if self.size == 1:
-            values = [value]
-        else:
-            values = [value if self.rank == 0 else None]
-            dist.broadcast_object_list(values, src=0, group=self.control)
-        if isinstance(values[0], Exception):
-            raise _shared(values[0])
-        return values[0]
+            return value
+        values: list[T | None] = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return cast("T", values[0])
 
-    def on_rank0(self, function: Any, *args: Any) -> Any:
-        """`function(*args)` run on rank 0 alone; its result, or its exception, on all ranks."""
-        result: Any = None
-        if self.rank == 0:
-            try:
-                result = function(*args)
-            except (OSError, ValueError) as error:
-                result = error
-        return self.broadcast(result)
+    def on_rank0(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`function(...)` run on rank 0 alone; its result on all ranks, or the OSError or ValueError that it raised.
 
-    def on_all_ranks(self, function: Any, *args: Any) -> Any:
-        """`function(*args)` run on every rank, no collectives inside; when one raises ValueError, all do."""
-        result: Any = None
-        problem = None
-        try:
-            result = function(*args)
-        except (OSError, ValueError) as error:
-            problem = str(error)
-        problems = self.all_gather(problem)
-        for rank, text in enumerate(problems):
-            if text is not None:
-                # A mistake that all share is said as it is; one that only some ranks see, with who sees it.
-                raise _shared(ValueError(text if rank == 0 else f"rank {rank}: {text}"))
-        return result
+        Any other exception is a fault of ours: rank 0 raises it, and the others lose contact when it ends.
+        """
+        outcome: _Outcome[T] = _run(function, *args, **kwargs) if self.rank == 0 else _Outcome()
+        outcome = self.broadcast(outcome)
+        if outcome.error is not None:
+            raise _shared(outcome.error)
+        return cast("T", outcome.result)
+
+    def on_all_ranks(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """`function(...)` run on every rank, no collectives inside; when one raises OSError or ValueError, all do.
+
+        What they raise has the class of the first rank's error that raised: an I/O error must stay one, because a
+        cluster retries a job that ended with it, and not one that ended with a user's mistake. A mistake that all ranks
+        share is said as it is; one that only some ranks see, with who sees it.
+        """
+        outcome = _run(function, *args, **kwargs)
+        for rank, error in enumerate(self.all_gather(outcome.error)):
+            if error is not None:
+                raise _shared(error if rank == 0 else _said_by(rank, error))
+        return cast("T", outcome.result)
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""
@@ -108,12 +109,51 @@ class World:
         return stacked
 
 
+@dataclass(frozen=True)
+class _Outcome(Generic[T]):
+    """What a function gave on one rank: a result or an error."""
+
+    result: T | None = None
+    error: Exception | None = None
+
+
+def _run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> _Outcome[T]:
+    try:
+        return _Outcome(function(*args, **kwargs))
+    except (OSError, ValueError) as error:
+        return _Outcome(error=_portable(error))
+
+
+def _portable(error: Exception) -> Exception:
+    """`error` itself when another process can rebuild it, or a plain OSError or ValueError that says the same.
+
+    Some classes can't be rebuilt from what pickle keeps of them (pydantic's ValidationError, for one).
+    """
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:  # whatever such a class does on its way
+        return OSError(str(error)) if isinstance(error, OSError) else ValueError(str(error))
+
+
+def _said_by(rank: int, error: Exception) -> Exception:
+    """An error of the same class whose text names the rank. An OSError keeps its number and its file."""
+    kind = type(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, f"rank {rank}: {error.strerror}", error.filename)
+    try:
+        return kind(f"rank {rank}: {error}")
+    except TypeError:  # a class with a constructor of its own, such as UnicodeDecodeError
+        return ValueError(f"rank {rank}: {error}")
+
+
 def is_shared(error: BaseException) -> bool:
     """Whether every rank raises this error, so that rank 0 speaks for all."""
     return getattr(error, "shared", False)
 
 
 def _shared(error: Exception) -> Exception:
+    """Marks `error` as one that every rank raises."""
     error.shared = True  # type: ignore[attr-defined]
     return error
 
