@@ -47,8 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Makes a store, or describes one. Raises ValueError, a line for each error, for what the user has to change."""
     if not args.describe:
-        if (Path(args.tokenizer) / "config.json").is_file():
-            import gptb_ds.model  # noqa: F401  (a model's folder: transformers asks who can read its configuration)
         prepare(options_of(PrepareOptions, args), print)
         return 0
     if errors := below_one(args, "lanes", "window", "max_document_tokens"):

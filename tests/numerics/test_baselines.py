@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from gptb_ds.model.baselines import GPT2Baseline, LSTMBaseline, LSTMConfig
+from gptb_ds.baselines import GPT2Baseline, LSTMBaseline, LSTMConfig
 
 # Where lanes 0, 1 and 2 start a document in a window of ten columns.
 STARTS = {0: [0], 1: [0, 4], 2: [0, 7, 8]}
