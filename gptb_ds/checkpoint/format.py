@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict  # typing's is not enough for pydantic before Python 3.12
 
 from gptb_ds.atomic_files import sha256_of
+from gptb_ds.distributed.watchdog import progress_made
 from gptb_ds.distributed.world import World
 
 FORMAT = 2
@@ -45,19 +46,12 @@ class FileFacts(TypedDict):
     sha256: str
 
 
-class ProgressFacts(TypedDict):
-    """Where training stands beside its tensors; `evaluation_due`: a request to stop kept this update's evaluation."""
-
-    adam_steps: int
-    skipped: int
-    bad_in_row: int
-    evaluation_due: bool
-    scaler: dict[str, int | float]
-
-
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Manifest:
-    """What a checkpoint holds. `identity` must equal the resuming run's; `setting` may differ and is logged."""
+    """What a checkpoint holds. `identity` must equal the resuming run's; `setting` may differ and is logged.
+
+    `progress` are the counters of the run by name (`TrainState` knows which), `scaler` is fp16's loss scale.
+    """
 
     step: NonNegativeInt
     tokens: NonNegativeInt
@@ -68,9 +62,10 @@ class Manifest:
     window: PositiveInt
     identity: dict[str, Any]
     setting: dict[str, Any]
-    progress: ProgressFacts
+    progress: dict[str, int | float | bool | None]
     versions: dict[str, str]
     files: dict[str, FileFacts] = field(default_factory=dict)
+    scaler: dict[str, int | float] = field(default_factory=dict)
     format: int = FORMAT
 
     def to_json(self) -> bytes:
@@ -138,12 +133,8 @@ def check_content(
     folder: Path,
     manifest: Manifest,
     names: Iterable[str] | None = None,
-    progress_made: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Raises CheckpointError naming the first of the files whose checksum differs from the manifest's.
-
-    `progress_made` is told of each file that was read (see `Watchdog.progress_made`).
-    """
+    """Raises CheckpointError naming the first of the files whose checksum differs from the manifest's."""
     for name in manifest.files if names is None else names:
         try:
             found = sha256_of(folder / name)
@@ -163,12 +154,12 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def verify_together(folder: Path, world: World, progress_made: Callable[[str], None] = lambda _: None) -> Manifest:
+def verify_together(folder: Path, world: World) -> Manifest:
     """`verify`, with the reading shared among the ranks; all return, or all raise CheckpointError."""
     manifest = world.on_rank0(read_manifest, folder)
     problem = None
     try:
-        check_content(folder, manifest, list(manifest.files)[world.rank :: world.size], progress_made)
+        check_content(folder, manifest, list(manifest.files)[world.rank :: world.size])
     except CheckpointError as error:
         problem = error
     for found in world.all_gather(problem):
@@ -177,9 +168,7 @@ def verify_together(folder: Path, world: World, progress_made: Callable[[str], N
     return manifest
 
 
-def newest_good(
-    run: Path, world: World, progress_made: Callable[[str], None] = lambda _: None
-) -> tuple[Path | None, dict[Path, str]]:
+def newest_good(run: Path, world: World) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint of the run that verifies (None if none does), and why newer ones were passed over.
 
     Raises UnreadableError for one that may be good but can't be read here: to go back behind it would be a mistake.
@@ -187,7 +176,7 @@ def newest_good(
     passed_over = {}
     for folder in world.on_rank0(checkpoint_folders, run):
         try:
-            verify_together(folder, world, progress_made)
+            verify_together(folder, world)
         except UnreadableError:
             raise
         except CheckpointError as error:

@@ -13,13 +13,12 @@ from gptb_ds.distributed.world import World
 
 
 def choose_checkpoint(
-    resume: str, run: Path, world: World, progress_made: Callable[[str], None], say: Callable[[str], None]
+    resume: str, run: Path, world: World, say: Callable[[str], None]
 ) -> tuple[Path | None, list[Path]]:
     """The checkpoint that `run.resume` means, and what of the run in `run` the choice leaves behind.
 
-    The latter is to be set aside, not deleted, once the checkpoint has turned out to fit. `progress_made` is told of
-    progress (see `Watchdog.progress_made`), `say` what a person should know. Raises ValueError when `resume` names no
-    good checkpoint.
+    The latter is to be set aside, not deleted, once the checkpoint has turned out to fit. `say` is told what a
+    person should know. Raises ValueError when `resume` names no good checkpoint.
     """
     folders = world.on_rank0(checkpoint_folders, run)
     everything = [run / "checkpoints", run / "metrics.jsonl", run / "config.yaml"]
@@ -29,7 +28,7 @@ def choose_checkpoint(
     if resume == "never":
         return None, everything
     if resume == "auto":
-        found, passed_over = newest_good(run, world, progress_made)
+        found, passed_over = newest_good(run, world)
         for line in passed_over.values():
             say(f"passed over {line}")
         # A save that was interrupted leaves nothing of worth; what once was a checkpoint is kept, out of the way.
@@ -37,7 +36,7 @@ def choose_checkpoint(
         return found, damaged if found or not damaged else everything
     found = Path(resume)
     world.on_rank0(_must_exist, found)
-    step = verify_together(found, world, progress_made).step
+    step = verify_together(found, world).step
     own = world.broadcast(found.resolve().parent.parent == run.resolve())
     return found, [p for p in folders if int(p.name.split("-")[1]) > step] if own else everything
 

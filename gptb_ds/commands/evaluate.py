@@ -27,5 +27,6 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(result))
     else:
         bits = result["eval_bits_per_byte"]
-        print(f"{result['targets']:,} targets: loss {result['eval_loss']:.4f} nats, {bits:.4f} bits per byte")
+        per_byte = "" if bits is None else f", {bits:.4f} bits per byte"
+        print(f"{result['targets']:,} targets: loss {result['eval_loss']:.4f} nats{per_byte}")
     return 0

@@ -39,11 +39,13 @@ class Corpus:
             parts = [store.fingerprint for store in stores] + [repr(self.shares)]
             self.fingerprint = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
 
-    def bytes_per_target(self, max_document_tokens: int | None = None) -> float:
+    def bytes_per_target(self, max_document_tokens: int | None = None) -> float | None:
         """Text bytes for each target (a piece's tokens and its EOT): nats per target become bits per byte by it.
 
-        Of all documents once, or of each store's share.
+        Of all documents once, or of each store's share. None: a store was made of tokens, whose bytes nobody knows.
         """
+        if not all(store.num_bytes for store in self.stores):
+            return None
         targets = [Pieces(store.offsets, max_document_tokens).inputs for store in self.stores]
         shares = self.shares or [count / sum(targets) for count in targets]
         return sum(

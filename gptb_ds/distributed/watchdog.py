@@ -16,6 +16,22 @@ from gptb_ds.distributed.world import World
 from gptb_ds.exit_codes import HUNG
 
 
+class _Progress:
+    """What this process has done last, and when (`time.monotonic`)."""
+
+    stage = "start"
+    since = time.monotonic()
+
+
+def progress_made(stage: str) -> None:
+    """Tells this process's watchdog, if it has one, that `stage` is done.
+
+    A function and no method: whoever does long work says so, down to the reading of a file, and nobody between him and
+    the start has to hand a watchdog on. A process has at most one, because it ends the process.
+    """
+    _Progress.stage, _Progress.since = stage, time.monotonic()
+
+
 class Watchdog:
     """Ends this rank when training makes no progress for `limit` seconds, and names the ranks that are missing.
 
@@ -29,17 +45,13 @@ class Watchdog:
         self._world, self._limit, self._meeting = world, limit, timedelta(seconds=meeting_seconds)
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._main = threading.main_thread().ident
-        self._stage, self._since = "start", time.monotonic()
         self._ended, self._ending = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> Watchdog:
+        progress_made("start")
         self._thread.start()
         return self
-
-    def progress_made(self, stage: str) -> None:
-        """Progress: `stage` is done."""
-        self._stage, self._since = stage, time.monotonic()
 
     def stop(self) -> None:
         """Ends the watch. A watchdog that is ending this rank already is left to it: it knows best what is wrong.
@@ -51,14 +63,14 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._limit / 4)):
-            if time.monotonic() - self._since > self._limit:
+            if time.monotonic() - _Progress.since > self._limit:
                 self._end()
 
     def _end(self) -> None:
         self._ending.set()
         me = f"[rank {self._world.rank} on {self._world.host}]"
         print(
-            f"{me} no progress for {self._limit:.0f} s since {self._stage}; waiting at {self._place()}",
+            f"{me} no progress for {self._limit:.0f} s since {_Progress.stage}; waiting at {self._place()}",
             file=sys.stderr,
             flush=True,
         )

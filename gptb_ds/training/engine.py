@@ -44,9 +44,12 @@ leave_out_inference_kernel()
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one update did. `loss` is nats per counted target over all ranks; `applied` is off when it was skipped."""
+    """What one update did. `applied` is off when it was skipped.
 
-    loss: float
+    `loss` is nats per counted target over all ranks; None: nothing was counted.
+    """
+
+    loss: float | None
     grad_norm: float
     applied: bool
 
@@ -73,7 +76,6 @@ class Engine:
         precision: str,
         optim: OptimConfig,
         policy: dict[str, Any],
-        monitor: dict[str, Any] | None = None,
     ) -> None:
         """`lanes` counts this rank's own. Raises DeepSpeedChangedError, see `Fp32State`."""
         assert lanes % lane_groups == 0
@@ -102,13 +104,12 @@ class Engine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=objective,
             optimizer=self._base,
-            config=settings | (monitor or {}),
+            config=settings,
             dist_init_required=False if deepspeed.comm.is_initialized() else None,
         )
         self.fp32_state = Fp32State(
             self._deepspeed, parameters, self._base, stage=self.stage, precision=precision, device=world.device
         )
-        self.monitor = self._deepspeed.monitor
         self.dtype = next(objective.parameters()).dtype
 
     @property
@@ -165,7 +166,7 @@ class Engine:
         norm = self._deepspeed.get_global_grad_norm()
         return (
             UpdateResult(
-                loss=total.item() / max(counted, 1.0),
+                loss=total.item() / counted if counted else None,
                 grad_norm=math.nan if norm is None else float(norm),
                 applied=bool(self._deepspeed.was_step_applied()),
             ),

@@ -30,6 +30,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from gptb_ds.config import ConfigError
+from gptb_ds.distributed.watchdog import progress_made
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -248,6 +249,7 @@ class Fp32State:
         for name, master in self._masters():
             for kind in ("weight", *MOMENTS):
                 master.set(kind, fetch(kind, name).to(self._device))
+                progress_made(f"loading {kind} of {name}")
         for state in self._base.state.values():
             if torch.is_tensor(state["step"]):
                 state["step"].fill_(float(adam_steps))

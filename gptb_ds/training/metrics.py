@@ -1,4 +1,4 @@
-"""What a run reports: `metrics.jsonl`, the progress line and DeepSpeed's monitor."""
+"""What a run reports, in two of its forms: `metrics.jsonl`, and the line that a person watches."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from tqdm import tqdm
 
 from gptb_ds.atomic_files import replace_file
 
+# One line of metrics.jsonl: `update`, and numbers by name (None: there is no such number after this update).
+Metrics = dict[str, Any]
 # What a metrics line says about speed: everything else is reproducible to the last digit on the same ranks.
 SPEEDS = frozenset({"tokens_per_second", "wait_fraction"})
 _BAR = "{n_fmt}/{total_fmt} [{remaining}]{postfix}"  # a bar of blocks would leave no room in 80 columns
 
 
-class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, appended as it happens. Only rank 0 has one.
+class AppendedFile:
+    """A file that grows at its end. Only rank 0 has such files.
 
-    Lines that the disk does not take are kept and written before the next ones: none is lost while the process lives.
+    What the disk does not take is kept and written before what comes next: while the process lives nothing is lost, and
+    nothing is torn by a write that got half through.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,44 +36,25 @@ class MetricsLog:
         self._unwritten = b""
 
     @property
-    def keeps(self) -> bool:
-        """Whether there are lines that the disk did not take."""
+    def has_unwritten(self) -> bool:
+        """Whether there is something that the disk did not take."""
         return bool(self._unwritten)
 
-    def cut_after(self, update: int, evaluated: bool = True) -> None:
-        """Drops the lines of later updates: training goes on from there and will write them again.
-
-        Not `evaluated`: this update's evaluation as well.
-        """
-        kept: list[str] = []
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-                # A killed run may leave half a line at the end.
-                if not line.endswith("\n"):
-                    break
-                values = _parse(line, self.path, len(kept) + 1)
-                if values["update"] < update or (values["update"] == update and (evaluated or "loss" in values)):
-                    kept.append(line)
-        self.close()
-        replace_file(self.path, "".join(kept).encode())
-
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, content: bytes) -> None:
         """Raises OSError, which names the file, when the disk does not take it."""
-        # NaN is not JSON: a loss that is not finite is null.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._unwritten += json.dumps(clean).encode() + b"\n"
-        self._flush()
+        self._unwritten += content
+        self._open_and_flush()
 
     def sync(self) -> None:
-        """Puts every line on the disk: done before a checkpoint claims that they are there. Raises as `write`."""
-        os.fsync(self._flush().fileno())
+        """Puts everything on the disk. Raises as `write`."""
+        os.fsync(self._open_and_flush().fileno())
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
         self._file = None
 
-    def _flush(self) -> FileIO:
+    def _open_and_flush(self) -> FileIO:
         try:
             if self._file is None:
                 self._file = FileIO(self.path, "a")
@@ -81,22 +65,75 @@ class MetricsLog:
         return self._file
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; half a line at the end is left out. Raises ValueError naming a broken line."""
-    lines = []
-    text = path.read_text(encoding="utf-8")
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        lines.append(_parse(line, path, number))
-    return lines
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, appended as it happens."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = AppendedFile(path)
+
+    @property
+    def has_unwritten_lines(self) -> bool:
+        """Whether there are lines that the disk did not take."""
+        return self._file.has_unwritten
+
+    def cut_after(self, update: int, evaluated: bool = True) -> list[Metrics]:
+        """Drops the lines of later updates: training goes on from there and will write them again. Returns the rest.
+
+        Not `evaluated`: this update's evaluation as well. Raises ValueError as `read_metrics` does, before any change.
+        """
+        lines = read_metrics(self.path) if self.path.exists() else []
+        kept = [
+            line
+            for line in lines
+            if line["update"] < update or (line["update"] == update and (evaluated or "loss" in line))
+        ]
+        self.close()
+        replace_file(self.path, b"".join(_line(values) for values in kept))
+        return kept
+
+    def write(self, values: Metrics) -> None:
+        """Appends a line. Raises OSError, which names the file, when the disk does not take it."""
+        self._file.write(_line(values))
+
+    def sync(self) -> None:
+        """Puts every line on the disk: done before a checkpoint claims that they are there. Raises as `write`."""
+        self._file.sync()
+
+    def close(self) -> None:
+        self._file.close()
 
 
-def _parse(line: str, path: Path, number: int) -> dict[str, Any]:
+def finite(values: Metrics) -> Metrics:
+    """The line as it is reported: NaN is not JSON, so a number that is not finite becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _line(values: Metrics) -> bytes:
+    return json.dumps(finite(values)).encode() + b"\n"
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The lines of a `metrics.jsonl`. A last line without an end, which a killed run may leave, is left out.
+
+    Raises ValueError, one line that names the file and its line, when one is no JSON object with an `update`, or holds
+    something else than numbers.
+    """
+    *lines, _ = path.read_bytes().split(b"\n")
+    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+
+
+def _parse(line: bytes, place: str) -> Metrics:
     try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}:{number}: not a JSON line: {error}; remove the line") from None
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not a JSON line: {error}; remove the line") from None
+    if not isinstance(values, dict) or type(values.get("update")) is not int:
+        raise ValueError(f'{place}: not a line of metrics, an object with a whole number as "update"; remove the line')
+    for name, value in values.items():
+        if not isinstance(value, (int, float, type(None))):
+            raise ValueError(f"{place}: {name!r} is {str(value)[:40]!r} and no number; remove the line")
+    return values
 
 
 class Progress:
@@ -115,9 +152,13 @@ class Progress:
         if self._bar is not None:
             self._bar.unpause()
 
-    def update(self, line: dict[str, Any], bits_per_byte: float) -> None:
-        parts = [f"loss {line['loss']:.4f}", f"bpb {bits_per_byte:.3f}", f"grad {line['grad_norm']:.3f}"]
-        parts += [f"lr {line['lr']:.2e}", f"{line['tokens_per_second']:,.0f} tok/s"]
+    def update(self, line: Metrics, bits_per_byte: float | None) -> None:
+        """`bits_per_byte` None: the text's bytes are not known. A loss of None: nothing was counted, or it is NaN."""
+        loss = "-" if line["loss"] is None else f"{line['loss']:.4f}"
+        parts = [f"loss {loss}"]
+        if bits_per_byte is not None:
+            parts.append(f"bpb {bits_per_byte:.3f}")
+        parts += [f"grad {line['grad_norm']:.3f}", f"lr {line['lr']:.2e}", f"{line['tokens_per_second']:,.0f} tok/s"]
         if self._bar is not None:
             self._bar.set_postfix_str(" ".join(parts), refresh=False)
             self._bar.update(line["update"] - self._bar.n)

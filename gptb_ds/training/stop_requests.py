@@ -45,18 +45,19 @@ class StopRequests:
     def watch(self, stop_file: Path | None, max_seconds: float | None, started: float, margin: float) -> None:
         """Also stop when `stop_file` appears, `max_seconds` after `started`, or `margin` seconds before Slurm's end.
 
-        `started` is in the units of `time.time()`.
+        `started` is in the units of `time.monotonic()`, which nobody sets: the time of day may be put back an hour, and
+        a request would not be heard for as long.
         """
         limits = [started + max_seconds] if max_seconds else []
         end = slurm_end(os.environ)
         if end is not None:
-            limits.append(end - margin)
+            limits.append(time.monotonic() + (end - time.time()) - margin)
         self._deadline = min(limits, default=None)
         self._stop_file = stop_file
 
     def pending(self) -> bool:
         """Whether this rank knows of a request. Files are looked at once a second."""
-        now = time.time()
+        now = time.monotonic()
         if self.reason is None and self._deadline is not None and now >= self._deadline:
             self.reason = "the time limit is near"
         if self.reason is None and self._stop_file is not None and now >= self._next_look:

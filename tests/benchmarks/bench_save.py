@@ -102,7 +102,7 @@ def timed(function) -> float:
 
 
 def _manifest(step: int, args: argparse.Namespace) -> Manifest:
-    progress = {"adam_steps": step, "skipped": 0, "bad_in_row": 0, "evaluation_due": False, "scaler": {}}
+    progress = {"adam_steps": step, "skipped": 0, "bad_in_row": 0, "evaluation_due": False}
     return Manifest(step, 0, None, 1, args.stage, args.lanes, args.window, {}, {}, progress, {})
 
 

@@ -90,16 +90,16 @@ def test_evaluation_and_samples_leave_training_undisturbed(stage, store, tmp_pat
 
 def _main_with_slow_evaluation(*args) -> None:
     """Each window of an evaluation takes a while longer."""
-    import gptb_ds.training.setup as run
+    import gptb_ds.evaluation as evaluation
 
-    windows = run.held_out_windows
+    windows = evaluation.held_out_windows
 
     def slow(*call, **options):
         for window in windows(*call, **options):
             time.sleep(0.25)
             yield window
 
-    run.held_out_windows = slow
+    evaluation.held_out_windows = slow
     tests.training_runs._main(*args)
 
 

@@ -40,7 +40,7 @@ def manifest(step: int = 3, lanes: int = 4, **changes) -> Manifest:
         "window": 2,
         "identity": {"data": "x", "data.lanes": lanes},
         "setting": {"optim.lr": 0.1, "world_size": 1},
-        "progress": {"adam_steps": step, "skipped": 0, "bad_in_row": 0, "evaluation_due": False, "scaler": {}},
+        "progress": {"adam_steps": step, "skipped": 0, "bad_in_row": 0, "evaluation_due": False},
         "versions": {},
     }
     return Manifest(**values | changes)

@@ -94,17 +94,17 @@ def test_signals_are_noted_and_handlers_put_back():
 
 def test_clocks_and_files_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with StopRequests() as stop:
-        stop.watch(tmp_path / "stop", 100, time.time() - 101, margin=0)
+        stop.watch(tmp_path / "stop", 100, time.monotonic() - 101, margin=0)
         assert stop.pending() and "time limit" in str(stop.reason)
     with StopRequests() as stop:
-        stop.watch(tmp_path / "stop", None, time.time(), margin=0)
+        stop.watch(tmp_path / "stop", None, time.monotonic(), margin=0)
         (tmp_path / "stop").touch()
         assert stop.pending() and "exists" in str(stop.reason)
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 60))
     with StopRequests() as stop:
-        stop.watch(None, None, time.time(), margin=30)
+        stop.watch(None, None, time.monotonic(), margin=30)
         assert not stop.pending()
-        stop.watch(None, None, time.time(), margin=61)
+        stop.watch(None, None, time.monotonic(), margin=61)
         assert stop.pending()
 
 

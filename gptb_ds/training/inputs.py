@@ -1,0 +1,147 @@
+"""The first stage of a run's assembly: everything is read and checked, and nothing is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gptb_ds.config import Config, ConfigError, divisors
+from gptb_ds.data.collator import LaneCollator
+from gptb_ds.data.corpus import Corpus, open_corpus
+from gptb_ds.data.documents import load_tokenizer
+from gptb_ds.distributed.world import World, derive_seed
+from gptb_ds.evaluation import HeldOut
+from gptb_ds.loading import model_configuration
+from gptb_ds.model.configuration import inherited, warn_if_memoryless
+from gptb_ds.model.modeling import GPTBLMHeadModel
+from gptb_ds.model.warm_start import warm_start
+from gptb_ds.training.deepspeed_policy import offload_devices, read_policy, zero_stage
+from gptb_ds.training.engine import check_policy
+from gptb_ds.training.sinks import check_sinks
+from gptb_ds.training.train_state import RunFacts
+from gptb_ds.training.trainer import RunData
+
+_CHUNK = 1 << 24  # entries of a mask that are looked at in one go
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made of, as this rank has read it; `warnings` are for a person."""
+
+    facts: RunFacts
+    data: RunData
+    model: GPTBLMHeadModel
+    policy: dict[str, Any]
+    warnings: list[str]
+
+
+def read_inputs(config: Config, world: World) -> Inputs:
+    """Everything that this rank can read and build on its own. Raises ValueError."""
+    _check_lanes(config, world)
+    if config.train.precision == "fp16" and world.device.type == "cpu":
+        raise ConfigError("train.precision fp16: DeepSpeed refuses it on the CPU; choose bf16 or fp32")
+    if world.rank == 0:  # it alone has them
+        check_sinks(config.run.monitor)
+    policy = read_policy(config.deepspeed_config)
+    check_policy(policy)
+    corpus = open_corpus(config.data.path, config.data.weights, "train")
+    if not _anything_counts(corpus):
+        raise ConfigError(
+            f"data.path {' '.join(config.data.path)}: no target of the training split counts in the loss, there is"
+            " nothing to learn; prepare it again with loss weights, or labels, that are not all masked"
+        )
+    torch.manual_seed(derive_seed(config.train.seed, "initialisation"))
+    configuration = model_configuration(config, corpus.vocab_size, corpus.eot_id)
+    if world.rank == 0:
+        warn_if_memoryless(configuration)
+    model = (
+        warm_start(configuration, config.model.init_from) if config.model.init_from else GPTBLMHeadModel(configuration)
+    )
+    windows = LaneCollator(
+        corpus,
+        lanes=config.data.lanes,
+        window=config.data.window,
+        seed=config.data.seed,
+        rank=world.rank,
+        world_size=world.size,
+        max_document_tokens=config.data.max_document_tokens,
+        ahead=2,
+    )
+    facts = RunFacts(
+        lanes=config.data.lanes,
+        window=config.data.window,
+        optim=config.optim,
+        train=config.train,
+        run=config.run,
+        bytes_per_target=corpus.bytes_per_target(config.data.max_document_tokens),
+        identity=_identity(config, windows, model),
+        settings=_settings(config, world, policy),
+    )
+    held_out = _held_out(config, world, corpus)
+    warnings = [] if held_out else [f"nothing is held out in {' '.join(config.data.path)}: no evaluation"]
+    data = RunData(windows, held_out, load_tokenizer(config.data.path[0]))
+    return Inputs(facts, data, model.train(), policy, warnings)
+
+
+def _check_lanes(config: Config, world: World) -> None:
+    lanes, groups = config.data.lanes, config.train.lane_groups
+    if lanes % (world.size * groups):
+        valid = [d for d in divisors(lanes) if d % groups == 0]
+        each = [d // groups for d in valid]
+        raise ConfigError(
+            f"data.lanes {lanes} cannot be shared by {world.size} ranks with train.lane_groups {groups}: use"
+            f" {' or '.join(map(str, each))} ranks, or a multiple of {world.size * groups} as data.lanes"
+        )
+
+
+def _anything_counts(corpus: Corpus) -> bool:
+    """Whether any target counts. Only a store in which none does is read to its end."""
+    for store in corpus.stores:
+        if store.counted is None:
+            return True
+        # The first entry stands for the EOT that opens the store: it is no target.
+        for start in range(1, len(store.counted), _CHUNK):
+            if np.any(store.counted[start : start + _CHUNK]):
+                return True
+    return False
+
+
+def _held_out(config: Config, world: World, corpus: Corpus) -> HeldOut | None:
+    paths = [store.path for store in corpus.stores if store.manifest["splits"]["validation"]["documents"]]
+    if not paths:
+        return None
+    return HeldOut(
+        open_corpus(paths, None, "validation"),
+        world,
+        lanes=config.data.lanes // config.train.lane_groups,
+        window=config.data.window,
+        max_tokens=config.run.eval_tokens,
+        max_document_tokens=config.data.max_document_tokens,
+    )
+
+
+def _identity(config: Config, windows: LaneCollator, model: GPTBLMHeadModel) -> dict[str, Any]:
+    """What must be the same when the run resumes."""
+    corpus, data = windows.corpus, config.data
+    identity: dict[str, Any] = {
+        "data": windows.fingerprint,
+        "tokenizer": corpus.tokenizer_fingerprint,
+        "vocab_size": corpus.vocab_size,
+        "eot_id": corpus.eot_id,
+    }
+    identity |= {f"data.{key}": getattr(data, key) for key in ("lanes", "window", "seed")}
+    identity |= {f"data.{key}": getattr(data, key) for key in ("max_document_tokens", "weights")}
+    identity |= {"train.seed": config.train.seed} | inherited(model.config)
+    shape = ("num_slots", "n_layer", "n_head", "n_embd", "rebias")
+    return identity | {f"model.{key}": getattr(config.model, key) for key in shape}
+
+
+def _settings(config: Config, world: World, policy: dict[str, Any]) -> dict[str, Any]:
+    """What may differ when the run resumes, and is said then."""
+    settings = {f"optim.{key}": value for key, value in config.optim.model_dump().items()}
+    settings |= {f"train.{key}": value for key, value in config.train.model_dump().items() if key != "seed"}
+    settings |= {"model.dropout": config.model.dropout, "world_size": world.size, "zero_stage": zero_stage(policy)}
+    return settings | offload_devices(policy)
