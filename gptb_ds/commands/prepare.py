@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         nargs="+",
         metavar="PATH_OR_NAME",
-        help="text, .jsonl, .csv, .parquet and .arrow files (.gz, .zst too), folders, globs, a saved or hub data set, "
+        help="text, .jsonl, .csv, .parquet and .arrow files (gzip, zstd, bzip2, xz too), folders, globs, a saved or "
+        "hub data set, "
         "or stdlib: the Python standard library's own sources, without its tests",
     )
     add("--tokenizer", default="bytes", help="bytes, bpe:SIZE (trained on the corpus), a store, a folder or a hub name")
@@ -29,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ids-field", help="field of token ids, for tokenised records (input_ids when there are labels or a mask)")
     add("--labels-field", help="field of labels: the token ids, -100 where a token does not count in the loss")
     add("--loss-mask-field", help="field of 0 and 1: 1 where a token counts in the loss")
-    add("--separator", help="text that parts the documents inside text files (default: a file is a document)")
+    add(
+        "--separator",
+        help="text that parts the documents inside text files, with the escapes \\n, \\r, \\t (default: a file is one)",
+    )
     add("--holdout", type=float, default=0.05, help="share of the documents held out for evaluation (default 0.05)")
     add("--split", help="split of a data set that is read (default train)")
     add("--name", help="configuration of a data set")

@@ -1,68 +1,85 @@
-"""The making of a store's content: raw records -> tokens in parallel -> the two splits, with what was left out."""
+"""The making of a store's content: raw records -> tokens, in parallel -> the two splits, with what was left out."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
-import sys
-from collections.abc import Iterator
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from gptb_ds.data import tokenization
-from gptb_ds.data.documents import SPLITS
-from gptb_ds.data.encoding import Encoder, Fields, held_out_key, read_documents
-from gptb_ds.data.sources import Reading, Source, open_source
-from gptb_ds.data.writer import SplitWriter, write_manifest
+from gptb_ds.data.encoding import Encoded, Encoder, Fields, held_out_key, read_documents
+from gptb_ds.data.readers import Record, Records, Tally
+from gptb_ds.data.sources import shown
+from gptb_ds.data.writer import SplitWriters, write_manifest
 
 _KEYS = 1 << 63
 _PARALLEL_FROM = 32 << 20  # bytes of records below which more processes cost more than they save
 _BATCH = 128  # the most records of a batch, and
-_BATCH_BYTES = 32 << 20  # about the most bytes of one with several records
+_BATCH_BYTES = 8 << 20  # the bytes of records at which it is full
 _SHOWN = 5  # skipped records that are named; the others are only counted
+Say = Callable[[str], None]
 
 
-def build(
-    work: Path,
-    sources: list[Source],
-    reading: Reading,
-    fields: Fields,
-    *,
-    tokenizer: str,
-    holdout: float,
-    stop_on_error: bool,
-    processes: int | None,
-    facts: dict[str, Any],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Plan:
+    """How a store is made. `tokenizer`: as `--tokenizer` names it; `holdout`: a share; `processes` None: what pays."""
+
+    tokenizer: str
+    fields: Fields
+    holdout: float
+    stop_on_error: bool
+    processes: int | None
+
+
+def build(work: Path, records: Records, plan: Plan, facts: dict[str, Any], say: Say) -> dict[str, Any]:
     """Makes a whole store in the empty folder `work` and returns its manifest, `facts` included.
 
     A document is held out when the hash of its content falls below the share `holdout`, so that equal documents fall on
     the same side and no order matters; at least one is where there are two. Raises ValueError, in one line, for what
     the user has to change.
     """
-    import datasets
-
-    datasets.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    cache = work / "cache"
-    raw = [open_source(source, reading, fields.names(), cache) for source in sources]
-    texts = _training_texts(sources, raw, fields, holdout)
-    made = tokenization.load(tokenizer, texts)
-    encoded, encoder = [], Encoder(made, fields, "", stop_on_error)
-    for number, (source, data) in enumerate(zip(sources, raw, strict=True)):
-        if not len(data):
-            continue
-        encoder = Encoder(made, fields, source.name, stop_on_error)
-        encoded.append(_encode(data, encoder, processes or _processes(data), cache / f"encoded-{number}.arrow"))
-    splits, skipped = _write(encoded, work, encoder, fields.weighted, holdout)
+    records.open()
+    say(f"reading {records.tally.kinds()}")
+    _check_room(records, plan.tokenizer, work, say)
+    made = tokenization.load(plan.tokenizer, _training_texts(records, plan))
+    encoder = Encoder(made, plan.fields, plan.stop_on_error)
+    _save_tokenizer(made, work / "tokenizer")
+    processes = plan.processes or (os.cpu_count() or 1 if records.size >= _PARALLEL_FROM else 1)
+    writers = SplitWriters(work, encoder.dtype, encoder.eot, plan.fields.weighted, int(plan.holdout * _KEYS))
+    skipped = {"empty documents": 0, "records with errors": 0}
+    for row in _encode(encoder, records, processes):
+        if row.error is not None:
+            skipped["records with errors"] += 1
+            if skipped["records with errors"] <= _SHOWN:
+                say(f"left out: {row.error}")
+        elif not row.tokens:
+            skipped["empty documents"] += 1
+        else:
+            writers.add(row.tokens, row.counted, row.size, row.key)
+    splits = writers.close()
+    _say_surprises(records.tally, records.reading.separator, say)
     if not splits["train"]["documents"]:
         left_out = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
         raise ValueError(
             f"--source {' '.join(facts['sources'])}: nothing to train on, the corpus is empty ({left_out})"
         )
-    made.save_pretrained(work / "tokenizer")
-    shutil.rmtree(cache)
+    if not splits["train"]["counted"]:
+        raise ValueError(
+            f"--source {' '.join(facts['sources'])}: no target counts in the loss, so there is nothing to learn;"
+            " check the labels, the mask or the prompt's field"
+        )
+    shutil.rmtree(records.cache, ignore_errors=True)
     return write_manifest(
         work,
         {
@@ -72,96 +89,121 @@ def build(
             "vocab_size": encoder.vocab_size,
             "eot_id": encoder.eot,
             "dtype": encoder.dtype,
-            "weighted": fields.weighted,
+            "weighted": plan.fields.weighted,
+            "read_as": records.tally.kinds(),
             "splits": splits,
             "skipped": skipped,
         },
     )
 
 
-def _processes(data: Any) -> int:
-    return (os.cpu_count() or 1) if data.data.nbytes >= _PARALLEL_FROM else 1
+def _check_room(records: Records, tokenizer: str, work: Path, say: Say) -> None:
+    """Raises ValueError when the disk is certainly too small for the store, warns when it may be.
+
+    Nothing but the store is written: two bytes for each byte of text with the byte tokenizer, about one with others.
+    Other formats than text hold more than the text, or less where they are compressed.
+    """
+    free = shutil.disk_usage(work).free
+    needed = records.size * (2 if tokenizer == "bytes" else 1)
+    if needed > free:
+        text = f"the store needs about {needed / 1e9:,.1f} GB and its disk has {free / 1e9:,.1f} GB left"
+        if tokenizer == "bytes" and records.plain_text:
+            raise ValueError(f"--out {shown(work.parent)}: {text}; make room, or choose another place")
+        say(f"warning: {text}")
 
 
-def _batch_size(data: Any) -> int:
-    """Records of a batch: few when they are large, so that memory holds a batch whatever they are."""
-    return max(1, min(_BATCH, _BATCH_BYTES * len(data) // max(1, data.data.nbytes)))
-
-
-def _encode(data: Any, encoder: Encoder, processes: int, cache: Path) -> Any:
-    import datasets
-
-    cache.parent.mkdir(exist_ok=True)
-    batch = _batch_size(data)
-    value = datasets.Value
-    columns = {
-        "tokens": value("large_binary"),
-        "counted": value("large_binary"),
-        "bytes": value("int64"),
-        "key": value("int64"),
-        "error": value("string"),
-    }
-    return data.map(
-        encoder,
-        batched=True,
-        batch_size=batch,
-        writer_batch_size=batch,
-        with_indices=True,
-        remove_columns=data.column_names,
-        features=datasets.Features(columns),
-        num_proc=min(processes, len(data)) if processes > 1 else None,
-        load_from_cache_file=False,
-        cache_file_name=str(cache),
-        new_fingerprint=cache.stem,
-        desc=f"tokenising {encoder.name}",
-    )
-
-
-def _training_texts(sources: list[Source], raw: list[Any], fields: Fields, holdout: float) -> Iterator[str]:
+def _training_texts(records: Records, plan: Plan) -> Iterator[str]:
     """The texts that a tokenizer may be trained on: not those held out."""
-    for source, data in zip(sources, raw, strict=True):
-        size = _batch_size(data)
-        for first in range(0, len(data), size):
-            batch = data[first : first + size]
-            indices = list(range(first, min(first + size, len(data))))
-            for document in read_documents(batch, indices, fields, source.name):
-                if not document.error and held_out_key(document.content()) >= holdout * _KEYS:
-                    yield document.prompt
-                    yield document.text
+    for document in read_documents(records, plan.fields):
+        if not document.error and held_out_key(document.content()) >= plan.holdout * _KEYS:
+            yield document.prompt
+            yield document.text
 
 
-def _write(
-    encoded: list[Any], work: Path, encoder: Encoder, weighted: bool, holdout: float
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Writes both splits; what the manifest says of them, and of the records that were left out."""
-    limit = _limit(encoded, holdout)
-    writers = {split: SplitWriter(work / split, encoder.dtype, encoder.eot, weighted) for split in SPLITS}
-    skipped = {"empty documents": 0, "records with errors": 0}
-    for row in _rows(encoded, ["tokens", "counted", "bytes", "key", "error"]):
-        tokens, counted, size, key, error = row
-        if error is not None:
-            skipped["records with errors"] += 1
-            if skipped["records with errors"] <= _SHOWN:
-                print(f"left out: {error}")
-        elif not tokens:
-            skipped["empty documents"] += 1
-        else:
-            writers["validation" if key < limit else "train"].add(tokens, counted, size)
-    return {split: writers[split].close() for split in SPLITS}, skipped
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the library tokenizers raises nothing more special, for a full disk as well
+        raise OSError(None, str(error), str(folder)) from None
 
 
-def _limit(encoded: list[Any], holdout: float) -> float:
-    """Documents with a key below it are held out: at least one, and not all, where there are two."""
-    if not holdout:
-        return 0
-    lowest, highest = _KEYS, -1
-    for tokens, key, error in _rows(encoded, ["tokens", "key", "error"]):
-        if tokens and error is None:
-            lowest, highest = min(lowest, key), max(highest, key)
-    return max(min(holdout * _KEYS, highest), lowest + 1) if lowest < highest else 0
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Neighbouring records in lists that are bounded by number and by size: memory grows with neither."""
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        if batch and (len(batch) == _BATCH or size + record.size > _BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(record)
+        size += record.size
+    if batch:
+        yield batch
 
 
-def _rows(encoded: list[Any], columns: list[str]) -> Iterator[tuple[Any, ...]]:
-    for data in encoded:
-        for table in data.select_columns(columns).with_format("arrow").iter(1000):
-            yield from zip(*(table[column].to_pylist() for column in columns), strict=True)
+def _encode(encoder: Encoder, records: Records, processes: int) -> Iterator[Encoded]:
+    """The records' tokens, in order."""
+    with tqdm(unit=" records", desc="tokenising", disable=None, leave=False) as progress:
+        for rows in _in_parallel(encoder, _batches(records), processes):
+            progress.update(len(rows))
+            yield from rows
+
+
+def _in_parallel(encoder: Encoder, batches: Iterator[list[Record]], processes: int) -> Iterator[list[Encoded]]:
+    """What the encoder makes of each batch, in order; a few batches are in work for each process, and no more."""
+    if processes == 1:
+        yield from map(encoder, batches)
+        return
+    pool = ProcessPoolExecutor(processes, initializer=_begin_work, initargs=(encoder,))
+    waiting: deque[Future[list[Encoded]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(_work, batch))
+            if len(waiting) > 2 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise ValueError("a process that tokenises was killed, by lack of memory perhaps; try --num-proc 1") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_encoder: Encoder
+
+
+def _begin_work(encoder: Encoder) -> None:
+    """What a process of the pool does first: it leaves Ctrl-C to its parent, and ends when that is gone."""
+    global _encoder
+    _encoder = encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each processor already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _work(batch: list[Record]) -> list[Encoded]:
+    return _encoder(batch)
+
+
+def _say_surprises(tally: Tally, separator: str | None, say: Say) -> None:
+    """What may not be as it was meant."""
+    if tally.unparted:
+        files = f"{len(tally.unparted):,} of {len(tally.unparted) + tally.parted:,} text files"
+        say(f"warning: the separator {separator!r} occurs nowhere in {files}, such as {tally.unparted[0]}")
+    if tally.json_as_text:
+        many = f"{len(tally.json_as_text):,} text files, such as {tally.json_as_text[0]},"
+        say(f"warning: {many} hold JSON lines and were read as text; call them .jsonl to have their records read")
+    if tally.described:
+        many = f"{len(tally.described):,} files beside the records, such as {tally.described[0]},"
+        say(f"warning: {many} were read as text to train on; name the records' files alone if they are not meant")
+    if tally.rows_over_lines:
+        say(f"{tally.rows_over_lines:,} rows of tables hold values that span lines")

@@ -22,6 +22,7 @@ def describe_store(path: Path, lanes: int | None, window: int, max_document_toke
         f"store        {path}",
         f"fingerprint  {manifest['fingerprint']}",
         f"sources      {' '.join(manifest['sources'])}",
+        f"read as      {manifest.get('read_as', 'unknown')}",
         f"tokenizer    {manifest['tokenizer']}",
         f"vocabulary   {manifest['vocab_size']:,}, end of text {manifest['eot_id']}",
         f"loss weights {'per token' if manifest['weighted'] else 'none: every target counts'}",

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptb_ds.atomic_files import sha256_of
+from gptb_ds.data.tokenization import load_folder
 
 FORMAT = "gptb-ds store 1"
 SPLITS = ("train", "validation")
@@ -104,10 +105,8 @@ def read_store_manifest(path: Path) -> dict[str, Any]:
 
 def load_tokenizer(path: str | Path) -> Any:
     """The transformers tokenizer that is saved in a store. Needs no network."""
-    from transformers import AutoTokenizer
-
     read_store_manifest(Path(path))
-    return AutoTokenizer.from_pretrained(Path(path) / "tokenizer", local_files_only=True)
+    return load_folder(Path(path) / "tokenizer")
 
 
 def verify_store(path: str | Path) -> None:

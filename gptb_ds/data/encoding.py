@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptb_ds.data import tokenization
+from gptb_ds.data.readers import Record
 
 IGNORED = -100  # the label of a target that does not count, as in transformers
 
@@ -40,41 +41,49 @@ class Fields:
         return any((self.prompt, self.labels, self.loss_mask))
 
 
-class Encoder:
-    """Raw records in batches -> tokens, for `datasets.Dataset.map`.
+@dataclass(frozen=True)
+class Encoded:
+    """A document as the store's writer takes it, or `error`, why the record could not be used.
 
-    A row of the result: `tokens` (the n ids as bytes of `dtype`), `counted` (n+1 bytes: the tokens and the closing EOT;
-    None without loss weights), `bytes` of text, `key` (63 bits that the held-out split is drawn by), `error`.
+    `tokens`: the n ids as bytes of the store's type; `counted`: n+1 bytes, for the tokens and the closing EOT, None
+    without loss weights; `size`: bytes of text; `key`: 63 bits that the held-out split is drawn by.
     """
 
-    def __init__(self, tokenizer: Any, fields: Fields, name: str, stop_on_error: bool) -> None:
-        self.tokenizer, self.fields, self.name, self.stop_on_error = tokenizer, fields, name, stop_on_error
+    tokens: bytes = b""
+    counted: bytes | None = None
+    size: int = 0
+    key: int = 0
+    error: str | None = None
+
+
+class Encoder:
+    """Raw records -> tokens."""
+
+    def __init__(self, tokenizer: Any, fields: Fields, stop_on_error: bool) -> None:
+        self.tokenizer, self.fields, self.stop_on_error = tokenizer, fields, stop_on_error
         self.eot = tokenization.eot_id(tokenizer)
         self.vocab_size = tokenization.vocab_size(tokenizer)
         self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 
-    def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    def __call__(self, records: list[Record]) -> list[Encoded]:
         """Raises ValueError for the first bad record when it is to stop there."""
-        documents = list(read_documents(batch, indices, self.fields, self.name))
-        rows: list[dict[str, Any]] = [{}] * len(documents)
+        documents = list(read_documents(records, self.fields))
         if self.fields.ids is None:
-            self._encode_texts(documents, rows)
+            rows = self._encode_texts(documents)
         else:
-            for number, document in enumerate(documents):
-                rows[number] = self._encode_ids(document)
+            rows = [self._encode_ids(document) for document in documents]
         for row in rows:
-            if self.stop_on_error and row["error"]:
-                raise ValueError(row["error"])
-        return {column: [row[column] for row in rows] for column in ("tokens", "counted", "bytes", "key", "error")}
+            if self.stop_on_error and row.error:
+                raise ValueError(row.error)
+        return rows
 
-    def _encode_texts(self, documents: list[Document], rows: list[dict[str, Any]]) -> None:
+    def _encode_texts(self, documents: list[Document]) -> list[Encoded]:
         good = [number for number, document in enumerate(documents) if not document.error]
         ids = tokenization.encode(self.tokenizer, [documents[number].text for number in good])
         prompts: list[Any] = [None] * len(good)
         if self.fields.prompt:
             prompts = tokenization.encode(self.tokenizer, [documents[number].prompt for number in good])
-        for number, document in enumerate(documents):
-            rows[number] = _row(document.error)
+        rows = [Encoded(error=document.error) for document in documents]
         for number, answer, prompt in zip(good, ids, prompts, strict=True):
             content = documents[number].content()
             counted = None
@@ -83,15 +92,16 @@ class Encoder:
                 counted[: len(prompt)] = 0
                 answer = np.concatenate([prompt, answer])
             rows[number] = self._filled(answer, counted, len(content), content)
+        return rows
 
-    def _encode_ids(self, document: Document) -> dict[str, Any]:
+    def _encode_ids(self, document: Document) -> Encoded:
         if document.error:
-            return _row(document.error)
+            return Encoded(error=document.error)
         ids, counted = document.ids, document.counted
         if len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
             worst = int(ids.min() if ids.min() < 0 else ids.max())
-            return _row(
-                f"{document.where}: token id {worst} is outside the vocabulary of {self.vocab_size};"
+            return Encoded(
+                error=f"{document.where}: token id {worst} is outside the vocabulary of {self.vocab_size};"
                 " give the tokenizer that made the tokens"
             )
         if counted is not None and len(counted) == len(ids):
@@ -106,14 +116,9 @@ class Encoder:
 
     def _filled(
         self, ids: npt.NDArray[np.integer], counted: npt.NDArray[np.uint8] | None, size: int, content: bytes
-    ) -> dict[str, Any]:
-        return {
-            "tokens": ids.astype(self.dtype, copy=False).tobytes(),
-            "counted": None if counted is None else counted.tobytes(),
-            "bytes": size,
-            "key": held_out_key(content),
-            "error": None,
-        }
+    ) -> Encoded:
+        tokens = ids.astype(self.dtype, copy=False).tobytes()
+        return Encoded(tokens, None if counted is None else counted.tobytes(), size, held_out_key(content))
 
 
 @dataclass
@@ -137,25 +142,22 @@ def held_out_key(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=b"gptb-ds held-out").digest(), "little") >> 1
 
 
-def _row(error: str | None) -> dict[str, Any]:
-    return {"tokens": b"", "counted": None, "bytes": 0, "key": 0, "error": error}
-
-
-def read_documents(batch: dict[str, list[Any]], indices: list[int], fields: Fields, name: str) -> Iterator[Document]:
-    """The documents of a batch of raw records as `corpus.open_source` gives them."""
-    for number, index in enumerate(indices):
-        record: Any = {column: values[number] for column, values in batch.items()}
-        where = record.get("where") or f"{name} row {index}"
+def read_documents(records: Iterable[Record], fields: Fields) -> Iterator[Document]:
+    """The document of each record, or what is wrong with it, as text that can be printed."""
+    for record in records:
         try:
-            if record.get("error") and "where" in record:
-                raise ValueError(record["error"])
-            if "text_bytes" in record:
-                record = {fields.text: _decode(record["text_bytes"], where)}
-            elif "json_bytes" in record:
-                record = _parse(record["json_bytes"], where)
-            yield _understand(record, where, fields)
+            if record.error:
+                raise ValueError(record.error)
+            if record.kind == "text":
+                content: Any = {fields.text: _decode(record.content, record.where)}
+            elif record.kind == "json":
+                content = _parse(record.content, record.where)
+            else:
+                content = _checked(record.content, record.where)
+            yield _understand(content, record.where, fields)
         except ValueError as error:
-            yield Document(where, error=str(error))
+            # A field's name may hold half a character, which can be neither printed nor written.
+            yield Document(record.where, error=str(error).encode(errors="backslashreplace").decode())
 
 
 def _decode(raw: bytes, where: str) -> str:
@@ -176,6 +178,10 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: broken JSON line ({error.msg} at character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets in brackets
         raise ValueError(f"{where}: broken JSON line ({error})") from None
+    return _checked(record, where)
+
+
+def _checked(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a JSON record must be an object with fields, not {type(record).__name__}")
     return record

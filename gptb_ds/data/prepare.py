@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +16,12 @@ from filelock import FileLock
 
 from gptb_ds.config import below_one
 from gptb_ds.data import tokenization
-from gptb_ds.data.build import build
+from gptb_ds.data.build import Plan, Say, build
 from gptb_ds.data.documents import FORMAT, SPLITS, read_store_manifest
 from gptb_ds.data.encoding import Fields
-from gptb_ds.data.sources import Reading, Source, find_sources
+from gptb_ds.data.formats import reason
+from gptb_ds.data.readers import Records
+from gptb_ds.data.sources import Reading, Source, find_sources, shown
 from gptb_ds.data.writer import replacing
 
 # The options that a store's content depends on.
@@ -70,42 +74,67 @@ class PrepareOptions:
             raise ValueError("\n".join(errors))
 
 
-def prepare(options: PrepareOptions, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def prepare(options: PrepareOptions, say: Say = lambda _: None) -> dict[str, Any]:
     """Makes the store of `options` unless it is there already; returns its manifest. Safe to run twice at once.
 
-    `say` is given what a person should know. Raises ValueError, in one line, for what the user has to change.
+    `say` is given what a person should know. Raises ValueError, in one line, for what the user has to change, and
+    OSError, with the place of the store, when it can't be written.
     """
-    reading = Reading(options.split, options.name, options.streaming, options.separator)
-    sources = find_sources(list(options.source), reading)
-    recipe = _recipe(options, sources)
+    reading = Reading(options.split, options.name, options.streaming, _unescaped(options.separator))
+    found = find_sources(list(options.source), reading)
+    recipe = _recipe(options, found.sources)
     out = Path(options.out)
-    _check_place(out, options.source)
-    with FileLock(out.parent / f".{out.name}.lock"):
-        manifest = _existing(out, recipe, options.overwrite)
-        if manifest is not None:
-            say(f"{out} is up to date: {_summary(manifest)}")
-            return manifest
-        import datasets  # noqa: F401  (seconds: before anything is written that an interruption would have to remove)
-
-        with replacing(out) as work:
-            manifest = build(
-                work,
-                sources,
-                reading,
-                _fields(options),
-                tokenizer=options.tokenizer,
-                holdout=options.holdout,
-                stop_on_error=options.on_error == "stop",
-                processes=options.num_proc,
-                facts={"recipe": recipe, "sources": list(options.source)},
-            )
-    say(f"{out}: {_summary(manifest)}")
+    _check_place(out, options.source, found.sources)
+    try:
+        with FileLock(out.parent / f".{out.name}.lock"):
+            manifest = _existing(out, recipe, options.overwrite)
+            if manifest is not None:
+                say(f"{shown(out)} is up to date: {_summary(manifest)}")
+                return manifest
+            for note in found.notes:
+                say(f"warning: {note}")
+            with replacing(out) as work:
+                manifest = _make(options, found.sources, reading, recipe, work, say)
+    except OSError as error:
+        if error.filename is not None and not Path(os.fsdecode(error.filename)).is_relative_to(out.parent):
+            raise
+        raise OSError(
+            error.errno, f"{reason(error)} while the store was written; nothing of it was kept", shown(out)
+        ) from None
+    say(f"{shown(out)}: {_summary(manifest)}")
     for kind, count in manifest["skipped"].items():
         if count:
             say(f"left out: {count} {kind}")
     for warning in _warnings(manifest, options.holdout):
         say(f"warning: {warning}")
     return manifest
+
+
+def _make(
+    options: PrepareOptions,
+    sources: list[Source],
+    reading: Reading,
+    recipe: str,
+    work: Path,
+    say: Say,
+) -> dict[str, Any]:
+    plan = Plan(
+        tokenizer=options.tokenizer,
+        fields=_fields(options),
+        holdout=options.holdout,
+        stop_on_error=options.on_error == "stop",
+        processes=options.num_proc,
+    )
+    records = Records(sources, reading, plan.fields.names(), work / "cache")
+    facts = {"recipe": recipe, "sources": [shown(name) for name in options.source]}
+    return build(work, records, plan, facts, say)
+
+
+def _unescaped(separator: str | None) -> str | None:
+    """The separator with its escapes replaced: a shell passes on the two characters of `\\n` as they are."""
+    if separator is None:
+        return None
+    return re.sub(r"\\([nrt\\])", lambda m: {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}[m[1]], separator)
 
 
 def _warnings(manifest: dict[str, Any], holdout: float) -> list[str]:
@@ -118,11 +147,20 @@ def _warnings(manifest: dict[str, Any], holdout: float) -> list[str]:
     return []
 
 
-def _check_place(out: Path, sources: Sequence[str]) -> None:
+def _check_place(out: Path, names: Sequence[str], sources: list[Source]) -> None:
     """Makes the folder that `out` comes into. Raises ValueError when it can't be written or `out` lies in a source."""
-    for source in map(Path, sources):
-        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-            raise ValueError(f"--out {out}: lies in --source {source}, which would read it; choose a folder outside")
+    place = out.resolve()
+    for folder in map(Path, names):
+        if folder.is_dir() and place.is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"--out {shown(out)}: lies in --source {shown(folder)}, which would read it; choose a folder outside"
+            )
+    inside = f"{place}{os.sep}"
+    for file in (file for source in sources for file in source.files):
+        if os.path.abspath(file).startswith(inside):
+            raise ValueError(
+                f"--out {shown(out)}: has files that --source names, such as {shown(file)}; choose another"
+            )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):

@@ -1,40 +1,19 @@
-"""The sources: what `--source` names, found and opened as raw records of Hugging Face `datasets`."""
+"""The sources: what `--source` names, as files and data sets in a fixed order."""
 
 from __future__ import annotations
 
-import codecs
-import csv
-import glob
-import gzip
-import io
-import json
+import os
 import re
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, Any
+from typing import Literal
 
-_JSON = {".jsonl", ".ndjson", ".json"}
-_TABLES = {".csv": ",", ".tsv": "\t"}
-_KINDS = {".parquet": "parquet", ".arrow": "arrow"} | dict.fromkeys(_JSON, "json") | dict.fromkeys(_TABLES, "csv")
-_RAW = {"text": "text_bytes", "json": "json_bytes", "csv": "json_bytes"}
-_PACKED = {".gz", ".zst"}
-_FILE_LIKE = {*_KINDS, *_PACKED, ".txt", ".md", ".py"}  # names that end so mean a file, not a data set
-_CHUNK = 1 << 24  # bytes of a text file that are looked through at once
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """A part of the corpus that is read in one go. `files` are its files in order; none for a hub name.
-
-    kind: text, json, csv (records read by us, with file and line), parquet, arrow, saved, loaded (by `datasets`).
-    """
-
-    kind: str
-    name: str
-    files: tuple[Path, ...] = ()
+_WILDCARDS = "*?["
+_FileId = tuple[int, int]  # device and inode
 
 
 @dataclass(frozen=True)
@@ -46,267 +25,224 @@ class Reading:
     streaming: bool = False
     separator: str | None = None
 
+    @property
+    def of_data_sets(self) -> bool:
+        """Whether an option is given that only data sets have."""
+        return bool(self.split or self.config or self.streaming)
 
-def find_sources(names: list[str], reading: Reading) -> list[Source]:
+
+@dataclass(frozen=True)
+class Source:
+    """What one `--source` names: `files` that are read one by one, or a data set.
+
+    `kind`: "files"; "saved", a folder that `datasets` saved; "loaded", a hub name or a folder with the hub's layout.
+    A data set's `files` are there only to notice when they change.
+    """
+
+    kind: Literal["files", "saved", "loaded"]
+    name: str
+    files: tuple[Path, ...] = ()
+
+
+@dataclass
+class Finding:
+    """The sources that names stand for, and what a person should know of how they were found."""
+
+    sources: list[Source] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def shown(path: str | Path) -> str:
+    """A path as text that can be printed: bytes of its name that are not UTF-8 as escapes."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def find_sources(names: list[str], reading: Reading) -> Finding:
     """What `names` stand for: files, globs, folders, saved data sets, hub names, `stdlib`. The order is fixed.
 
-    Raises ValueError with one line for each name that stands for nothing.
+    Links are followed, and every file is read once, under however many names it is found. Raises ValueError with one
+    line for each name that stands for nothing.
     """
-    sources: list[Source] = []
-    errors: list[str] = []
+    found, errors = Finding(), []
+    seen: dict[_FileId | str, str] = {}
     for name in names:
         try:
-            sources += _find(name, reading)
+            source = _find(name, reading, found.notes)
         except ValueError as error:
             errors.append(str(error))
-    of_data_sets = reading.split or reading.config or reading.streaming
-    if of_data_sets and sources and not any(source.kind in ("saved", "loaded") for source in sources):
+            continue
+        if source.kind == "files":
+            fresh = _once(source.files, seen)
+            if len(fresh) < len(source.files):
+                kept = set(fresh)
+                twice = next(file for file in source.files if file not in kept)
+                count = len(source.files) - len(fresh)
+                found.notes.append(f"{count} file(s) were named before and are read once, such as {shown(twice)}")
+            source = Source("files", source.name, fresh)
+        elif seen.setdefault(_place(name), name) != name or source in found.sources:
+            found.notes.append(f"{shown(name)} was named more than once and is read once")
+            continue
+        if source.kind != "files" or source.files:
+            found.sources.append(source)
+    if reading.of_data_sets and found.sources and all(source.kind == "files" for source in found.sources):
         errors.append("--split, --name and --streaming are for data sets; files are read whole")
     if errors:
         raise ValueError("\n".join(errors))
-    return sources
+    return found
 
 
-def _find(name: str, reading: Reading) -> list[Source]:
+def _find(name: str, reading: Reading, notes: list[str]) -> Source:
     path = Path(name).expanduser()
     if name == "stdlib":
-        return [_standard_library()]
+        return _standard_library()
     if path.is_file():
-        return _by_kind([path])
+        return Source("files", name, (path,))
     if path.is_dir():
+        files = tuple(files_below(path, notes))
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return [Source("saved", name, _files_below(path))]
-        if reading.split or reading.config or reading.streaming:
-            return [Source("loaded", name, _files_below(path))]
-        files = _files_below(path)
+            return Source("saved", name, files)
+        if reading.of_data_sets:
+            return Source("loaded", name, files)
         if not files:
-            raise ValueError(f"--source {name}: the folder has no files")
-        return _by_kind(list(files))
-    if any(sign in name for sign in "*?["):
-        files = tuple(sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()))
+            raise ValueError(f"--source {shown(name)}: the folder has no files")
+        return Source("files", name, files)
+    if any(sign in name for sign in _WILDCARDS):
+        files = tuple(_once(sorted(_matches(path), key=_sort_key), {}))
         if not files:
-            raise ValueError(f"--source {name}: no file matches")
-        return _by_kind(list(files))
+            raise ValueError(f"--source {shown(name)}: no file matches")
+        return Source("files", name, files)
     if name.startswith("task:"):
         raise ValueError(f"--source {name}: no such generated task")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and Path(name).suffix not in _FILE_LIKE:
-        return [Source("loaded", name)]
-    raise ValueError(f"--source {name}: no such file or folder (data sets of the hub are named OWNER/NAME)")
+    file_like = re.search(r"\.(txt|md|py|jsonl?|ndjson|csv|tsv|parquet|arrow|gz|zst|bz2|xz)$", name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not file_like:
+        return Source("loaded", name)
+    raise ValueError(f"--source {shown(name)}: no such file or folder (data sets of the hub are named OWNER/NAME)")
 
 
 def _standard_library() -> Source:
     root = Path(sysconfig.get_path("stdlib"))
     files = (p for p in root.rglob("*.py") if not _NOT_LIBRARY & set(p.relative_to(root).parts))
-    return Source("text", "stdlib", tuple(sorted(files)))
+    return Source("files", "stdlib", tuple(sorted(files)))
 
 
-def _files_below(folder: Path) -> tuple[Path, ...]:
-    """All files in it and below, sorted; hidden ones and those in hidden folders left out."""
-    found = (p for p in folder.rglob("*") if p.is_file())
-    return tuple(sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)))
+def files_below(folder: Path, notes: list[str]) -> list[Path]:
+    """All files in a folder and below, sorted by their paths; hidden ones and those in hidden folders left out.
 
-
-def _by_kind(files: list[Path]) -> list[Source]:
-    """Consecutive files of one kind as one source."""
-    sources: list[Source] = []
-    for file in files:
-        suffixes = [s.lower() for s in file.suffixes]
-        packed = bool(suffixes) and suffixes[-1] in _PACKED
-        inner = suffixes[-1 - packed] if len(suffixes) > packed else ""
-        kind = _KINDS.get(inner, "text")
-        if packed and kind in ("parquet", "arrow"):
-            raise ValueError(f"{file}: unpack it first, {kind} files are compressed inside")
-        if sources and sources[-1].kind == kind and kind != "arrow":
-            sources[-1] = Source(kind, sources[-1].name, (*sources[-1].files, file))
-        else:
-            sources.append(Source(kind, str(file), (file,)))
-    return sources
-
-
-def open_source(source: Source, reading: Reading, columns: list[str], cache: Path) -> Any:
-    """The source's records as a `datasets.Dataset`, built in the folder `cache` where it has to be converted.
-
-    Records of text files have the columns `text_bytes`, `where` (file, or file:line) and `error` (what kept it from
-    being read, or None); those of json and csv files `json_bytes` in its place. Others have their own `columns`.
-    Raises ValueError, in one line, when the source cannot be read or lacks one of `columns`.
+    Links are followed, each real folder and file once: a folder that is met first by its own path and then through a
+    link counts under its own path. Links that lead nowhere are noted. Raises ValueError when a folder can't be read.
     """
-    import datasets
+    files: list[Path] = []
+    visited: set[_FileId] = set()
+    seen_files: set[_FileId] = set()
+    dangling: list[Path] = []
+    links: list[Path] = []
 
-    if source.kind in ("text", "json", "csv"):
-        string = datasets.Value("string")
-        features = datasets.Features(
-            {_RAW[source.kind]: datasets.Value("large_binary"), "where": string, "error": string}
-        )
-        arguments = {"kind": source.kind, "files": list(map(str, source.files)), "separator": reading.separator}
-        return _generate(source, read_records, arguments, features, cache)
+    def visit(root: Path) -> None:
+        stack = [root]
+        while stack:
+            place = stack.pop()
+            status = place.stat()
+            if (status.st_dev, status.st_ino) in visited:
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            for entry in _entries(place):
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_symlink():
+                    links.append(place / entry.name)
+                elif entry.is_dir():
+                    stack.append(place / entry.name)
+                elif entry.is_file():
+                    add(place / entry.name, entry.stat())
+
+    def add(file: Path, status: os.stat_result) -> None:
+        if (status.st_dev, status.st_ino) not in seen_files:
+            seen_files.add((status.st_dev, status.st_ino))
+            files.append(file)
+
+    visit(folder)
+    while links:  # after everything that has a path of its own; a linked folder may hold more links
+        batch, links = sorted(links, key=_sort_key), []
+        for link in batch:
+            if link.is_dir():
+                visit(link)
+            elif link.is_file():
+                add(link, link.stat())
+            elif not link.exists():
+                dangling.append(link)
+    if dangling:
+        notes.append(f"{len(dangling)} link(s) lead nowhere and are left out, such as {shown(dangling[0])}")
+    return sorted(files, key=_sort_key)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        data = _load(source, reading, cache)
-    except Exception as error:  # the readers raise what their many formats raise
-        cause = error.__cause__ or error
-        hint = "" if source.files else "no such file or folder, and as a data set of the hub it "
-        raise ValueError(f"{source.name}: {hint}cannot be read ({' '.join(str(cause).split())[:300]})") from None
-    if isinstance(data, dict):
-        wanted = reading.split or "train"
-        if wanted not in data:
-            raise ValueError(f"{source.name}: no split '{wanted}'; choose --split out of {', '.join(data)}")
-        data = data[wanted]
-    has = data.column_names
-    if has is not None:
-        for column in columns:
-            if column not in has:
-                raise ValueError(f"{source.name}: no field '{column}'; its fields are {', '.join(has)}")
-    if isinstance(data, datasets.IterableDataset):
-        return _generate(source, _selected, {"data": data, "columns": columns}, None, cache)
-    return data.select_columns(columns)
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: os.fsencode(entry.name))
+    except OSError as error:
+        raise ValueError(
+            f"{shown(folder)}: cannot be read ({error.strerror}); change its rights, or leave it out"
+        ) from None
 
 
-def _load(source: Source, reading: Reading, cache: Path) -> Any:
-    import datasets
-
-    if source.kind == "parquet":
-        files = list(map(str, source.files))
-        return datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(cache))
-    if source.kind == "arrow":
-        return datasets.Dataset.from_file(str(source.files[0]))
-    if source.kind == "saved":
-        return datasets.load_from_disk(source.name)
-    where = None if reading.streaming else str(cache)
-    return datasets.load_dataset(
-        source.name, reading.config, split=reading.split or "train", streaming=reading.streaming, cache_dir=where
-    )
+def _sort_key(path: Path) -> tuple[str, ...]:
+    return path.parts
 
 
-def _generate(source: Source, function: Any, arguments: dict[str, Any], features: Any, cache: Path) -> Any:
-    import datasets
+def _matches(pattern: Path) -> Iterator[Path]:
+    """The files that a glob matches, through links too; a linked folder is not entered from inside itself.
 
-    if next(function(**arguments), None) is None:  # datasets refuses a generator without records
-        names = arguments.get("columns") or list(features)
-        return datasets.Dataset.from_dict({name: [] for name in names}, features=features)
-    try:
-        return datasets.Dataset.from_generator(
-            function, features=features, gen_kwargs=arguments, cache_dir=str(cache), writer_batch_size=128
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"{source.name}: cannot be read ({' '.join(str(cause).split())[:300]})") from None
-
-
-def _selected(data: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
-    for record in data:
-        yield {column: record.get(column) for column in columns}
-
-
-def read_records(kind: str, files: list[str], separator: str | None) -> Iterator[dict[str, Any]]:
-    """The raw records of text, json or csv files, in order. A file that breaks off gives an error record."""
-    readers = {"text": _read_text, "json": _read_json, "csv": _read_csv}
-    for file in files:
-        where = file
-        try:
-            for where, raw in readers[kind](Path(file), separator):
-                error = str(raw) if isinstance(raw, ValueError) else None
-                yield {_RAW[kind]: None if error else raw, "where": where, "error": error}
-        except _READ_ERRORS as error:
-            rest = "" if where == file else "what follows, to the end of the file, "
-            yield {_RAW[kind]: None, "where": where, "error": f"{where}: {rest}cannot be read ({error})"}
-
-
-# A raw record, or what is wrong with it.
-_Records = Iterator[tuple[str, bytes | ValueError]]
-
-
-def _read_text(file: Path, separator: str | None) -> _Records:
-    with _open(file) as stream:
-        if separator is None:
-            yield str(file), stream.read()
-            return
-        for number, part in enumerate(_parts(stream, separator.encode()), 1):
-            yield f"{file} (document {number})", part
-
-
-def _parts(stream: IO[bytes], separator: bytes) -> Iterator[bytes]:
-    rest = b""
-    while chunk := stream.read(_CHUNK):
-        *whole, rest = (rest + chunk).split(separator)
-        yield from whole
-    yield rest
-
-
-def _read_json(file: Path, _: str | None) -> _Records:
-    with _open(file) as stream:
-        first = stream.readline()
-        if first.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-            for number, record in enumerate(_json_array((first + stream.read()).decode("utf-8-sig")), 1):
-                yield f"{file} (record {number})", json.dumps(record).encode()
-            return
-        number, line = 1, first
-        while line:
-            if line.strip():
-                yield f"{file}:{number}", line
-            number, line = number + 1, stream.readline()
-
-
-def _json_array(text: str) -> Iterator[Any]:
-    """The elements of a JSON array, one at a time: a mistake in the text costs only the elements after it.
-
-    Raises ValueError at the mistake.
+    `glob.glob` of Python 3.11 enters it until the system refuses, 40 levels deep.
     """
-    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
-
-    def skip(at: int) -> int:
-        return space.match(text, at).end()  # type: ignore[union-attr]
-
-    at = skip(text.index("[") + 1)
-    if text[at : at + 1] != "]":
-        while True:
-            element, at = decoder.raw_decode(text, at)
-            yield element
-            at = skip(at)
-            if text[at : at + 1] != ",":
-                break
-            at = skip(at + 1)
-    if text[at : at + 1] != "]" or skip(at + 1) != len(text):
-        raise json.JSONDecodeError("expected ',' or the array's end", text, at)
+    parts = pattern.parts
+    start = Path(parts[0]) if pattern.is_absolute() else Path()
+    return _expand(start, parts[1:] if pattern.is_absolute() else parts, ())
 
 
-def _read_csv(file: Path, _: str | None) -> _Records:
-    # Not through pandas: it would turn texts like "NA" or "1.0" into numbers and missing values.
-    delimiter = _TABLES[next(s for s in map(str.lower, reversed(file.suffixes)) if s in _TABLES)]
-    csv.field_size_limit(1 << 30)
-    # Bytes that are not UTF-8 pass as lone surrogates, which are an error of their own row.
-    with (
-        _open(file) as stream,
-        io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines,
-    ):
-        rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
-        names = rows.fieldnames or ()
-        for row in rows:
-            where = f"{file}:{rows.line_num}"
-            if None in row:
-                yield (
-                    where,
-                    ValueError(f"{where}: more values than the {len(names)} columns; quote what has a delimiter"),
-                )
-            else:
-                yield where, json.dumps({name: row[name] for name in names}).encode()
+def _expand(folder: Path, parts: tuple[str, ...], inside: tuple[_FileId, ...]) -> Iterator[Path]:
+    first, rest = parts[0], parts[1:]
+    if first != "**" and not any(sign in first for sign in _WILDCARDS):
+        path = folder / first
+        if rest and path.is_dir():
+            yield from _expand(path, rest, ())
+        elif not rest and path.is_file():
+            yield path
+        return
+    status = folder.stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in inside:
+        return
+    if first == "**" and rest:
+        yield from _expand(folder, rest, inside)
+    for entry in _entries(folder):
+        if entry.name.startswith(".") and not first.startswith("."):
+            continue
+        path = folder / entry.name
+        if first == "**":
+            if entry.is_dir():
+                yield from _expand(path, parts, (*inside, identity))
+            elif not rest and entry.is_file():
+                yield path
+        elif fnmatchcase(entry.name, first):
+            if rest and entry.is_dir():
+                yield from _expand(path, rest, ())
+            elif not rest and entry.is_file():
+                yield path
 
 
-def _open(file: Path) -> IO[bytes]:
-    if file.suffix.lower() == ".gz":
-        return gzip.open(file, "rb")  # type: ignore[return-value]
-    if file.suffix.lower() == ".zst":
-        import zstandard
-
-        reader = zstandard.ZstdDecompressor().stream_reader(file.open("rb"), read_across_frames=True, closefd=True)
-        return io.BufferedReader(reader)
-    return file.open("rb")
-
-
-def _read_errors() -> tuple[type[Exception], ...]:
-    import zlib
-
-    import zstandard
-
-    return (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error, zstandard.ZstdError)
+def _once(files: tuple[Path, ...] | list[Path], seen: dict[_FileId | str, str]) -> tuple[Path, ...]:
+    """The files that are not in `seen` yet; they are put there."""
+    fresh = []
+    for file in files:
+        status = file.stat()
+        # Some file systems have no inodes.
+        identity = (status.st_dev, status.st_ino) if status.st_ino else str(file.resolve())
+        if identity not in seen:
+            seen[identity] = str(file)
+            fresh.append(file)
+    return tuple(fresh)
 
 
-_READ_ERRORS = _read_errors()
+def _place(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 END = "<|endoftext|>"
+_LONGEST_WORD = 64  # bytes
 
 
 def load(spec: str, texts: Iterator[str]) -> Any:
@@ -29,12 +30,50 @@ def load(spec: str, texts: Iterator[str]) -> Any:
     if (folder / "store.json").is_file():
         folder = folder / "tokenizer"
     try:
-        return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else spec)
+        return load_folder(folder) if folder.is_dir() else AutoTokenizer.from_pretrained(spec)
+    except UnreadableTokenizerError as error:
+        raise ValueError(f"--tokenizer {error}") from None
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"--tokenizer {spec}: no such tokenizer ({reason}); give bytes, bpe:SIZE, a folder or a hub name"
+            f"--tokenizer {spec}: no such tokenizer ({lines[0]}); give bytes, bpe:SIZE, a folder or a hub name"
         ) from None
+
+
+class UnreadableTokenizerError(ValueError):
+    """A tokenizer's file is there and can't be read; the message is one line with its name."""
+
+
+def load_folder(folder: Path) -> Any:
+    """The tokenizer that is saved in a folder: a tokenizer's, a model's or an export's. Needs no network.
+
+    Raises ValueError, in one line, when the folder has none, or one that can't be read.
+    """
+    from transformers import AutoTokenizer
+
+    # Without these files transformers makes a tokenizer of the model's kind that knows no token, and says nothing.
+    if not any(_is_of_tokenizer(file.name) for file in folder.iterdir()):
+        raise ValueError(f"{folder} has no tokenizer files (tokenizer.json, vocab.json, tokenizer.model, ..)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        raise
+    except Exception as error:  # the library tokenizers raises nothing more special
+        import tokenizers
+
+        raise UnreadableTokenizerError(
+            f"{folder}/tokenizer.json: cannot be read by tokenizers {tokenizers.__version__}; made by a newer version,"
+            f" or damaged ({' '.join(str(error).split())[:120]}); pip install -U tokenizers transformers"
+        ) from None
+    knows_nothing = not any(tokenizer.encode(text, add_special_tokens=False) for text in ("a", "the", "1"))
+    if knows_nothing and tokenizer.eos_token_id is not None:
+        raise ValueError(f"{folder} holds a tokenizer that makes no tokens of text; its vocabulary is missing")
+    return tokenizer
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    starts = ("tokenizer", "vocab", "spiece", "sentencepiece", "merges")
+    return name.startswith(starts) or name.endswith((".model", ".tiktoken"))
 
 
 def needs_no_files(spec: str) -> bool:
@@ -110,12 +149,19 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[npt.NDArray[np.integer]
 
 
 def _train_bpe(spec: str, texts: Iterator[str]) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     check_spec(spec)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Words are cut at _LONGEST_WORD bytes (a character each, after ByteLevel). For each merge, training looks through
+    # the distinct words that hold it: text without blanks (DNA, base64) would take time in the square of its size.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Split(Regex(f".{{{_LONGEST_WORD}}}"), "isolated"),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=int(spec[4:]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -21,19 +22,19 @@ class SplitWriter:
 
     def __init__(self, folder: Path, dtype: str, eot: int, weighted: bool) -> None:
         folder.mkdir(parents=True)
-        self._item = np.dtype(dtype).itemsize
+        self.dtype = np.dtype(dtype)
         self._eot = np.array([eot], dtype=dtype).tobytes()
         self._tokens = (folder / "tokens.bin").open("wb")
         self._offsets = (folder / "offsets.bin").open("wb")
         self._counted = (folder / "counted.bin").open("wb") if weighted else None
         self._closing = b"\0"  # whether the EOT that closes the document before counts
         self._length = 0
-        self.documents = self.tokens = self.bytes = self.longest = 0
+        self.documents = self.tokens = self.bytes = self.longest = self.counted = 0
         self.histogram: dict[int, int] = {}
 
     def add(self, tokens: bytes, counted: bytes | None, size: int) -> None:
         """One document: its n ids in the store's dtype, which targets count (n+1; None = all), bytes of text."""
-        count = len(tokens) // self._item
+        count = len(tokens) // self.dtype.itemsize
         self._offsets.write(self._length.to_bytes(8, "little"))
         self._tokens.write(self._eot)
         self._tokens.write(tokens)
@@ -42,6 +43,7 @@ class SplitWriter:
             assert len(counted) == count + 1
             self._counted.write(self._closing + counted[:-1])
             self._closing = counted[-1:]
+        self.counted += count + 1 if counted is None else counted.count(1)
         self._length += count + 1
         self.documents, self.tokens, self.bytes = self.documents + 1, self.tokens + count, self.bytes + size
         self.longest = max(self.longest, count)
@@ -61,10 +63,87 @@ class SplitWriter:
             "documents": self.documents,
             "tokens": self.tokens,
             "bytes": self.bytes,
+            "counted": self.counted,
             "longest": self.longest,
             # Documents by length: below 1, 2, 4, 8, .. tokens.
             "histogram": [self.histogram.get(bits, 0) for bits in range(max(self.histogram, default=-1) + 1)],
         }
+
+
+class SplitWriters:
+    """Both splits: documents with a key below `limit` are held out.
+
+    At least one document is held out, and one is not, where there are two different ones: those with the lowest key, or
+    with the highest. Which these are is known at the end alone, so then the split that has everything is written again.
+    That happens to corpora of few documents only, and spares all others a second copy of the corpus on the disk.
+    """
+
+    def __init__(self, folder: Path, dtype: str, eot: int, weighted: bool, limit: int) -> None:
+        self._new = lambda path: SplitWriter(path, dtype, eot, weighted)
+        self._folder, self._limit = folder, limit
+        self._train, self._held_out = (self._new(folder / split) for split in SPLITS)
+        self._lowest, self._highest = _Extreme(), _Extreme()
+
+    def add(self, tokens: bytes, counted: bytes | None, size: int, key: int) -> None:
+        """One document (see `SplitWriter.add`)."""
+        if key < self._limit:
+            self._highest.saw(-key, self._held_out.documents, size)
+            self._held_out.add(tokens, counted, size)
+        else:
+            self._lowest.saw(key, self._train.documents, size)
+            self._train.add(tokens, counted, size)
+
+    def close(self) -> dict[str, dict[str, Any]]:
+        """Ends the files, on disk, and returns what the manifest says of each split."""
+        facts = dict(zip(SPLITS, (self._train.close(), self._held_out.close()), strict=True))
+        train, held_out = SPLITS
+        if not facts[held_out]["documents"] and self._limit and self._lowest.several:
+            return self._move(train, held_out, self._lowest)
+        if not facts[train]["documents"] and facts[held_out]["documents"]:
+            return self._move(held_out, train, self._highest)
+        return facts
+
+    def _move(self, full: str, empty: str, moved: _Extreme) -> dict[str, dict[str, Any]]:
+        """Writes the split that has everything again, without the documents that belong in the other."""
+        old = self._folder / f"{full}.old"
+        (self._folder / full).rename(old)
+        shutil.rmtree(self._folder / empty)
+        writers = {split: self._new(self._folder / split) for split in SPLITS}
+        sizes = dict(zip(moved.documents, moved.sizes, strict=True))
+        total = self._train.bytes + self._held_out.bytes
+        for number, (tokens, counted) in enumerate(_documents_of(old, writers[full])):
+            writers[empty if number in sizes else full].add(tokens, counted, sizes.get(number, 0))
+        writers[full].bytes = total - writers[empty].bytes
+        shutil.rmtree(old)
+        return {split: writer.close() for split, writer in writers.items()}
+
+
+class _Extreme:
+    """The documents with the lowest key so far."""
+
+    def __init__(self) -> None:
+        self.key: int | None = None
+        self.documents: list[int] = []
+        self.sizes: list[int] = []
+        self.several = False  # whether there is another key
+
+    def saw(self, key: int, document: int, size: int) -> None:
+        self.several |= self.key is not None and key != self.key
+        if self.key is None or key < self.key:
+            self.key, self.documents, self.sizes = key, [], []
+        if key == self.key:
+            self.documents.append(document)
+            self.sizes.append(size)
+
+
+def _documents_of(folder: Path, writer: SplitWriter) -> Iterator[tuple[bytes, bytes | None]]:
+    """Tokens and counted targets of each document that a `SplitWriter` has written."""
+    offsets = np.memmap(folder / "offsets.bin", np.int64, "r")
+    tokens = np.memmap(folder / "tokens.bin", writer.dtype, "r")
+    file = folder / "counted.bin"
+    counted = np.memmap(file, np.uint8, "r") if file.exists() else None
+    for start, end in itertools.pairwise(offsets.tolist()):
+        yield tokens[start + 1 : end].tobytes(), None if counted is None else counted[start + 1 : end + 1].tobytes()
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:

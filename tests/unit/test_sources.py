@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import zstandard
 
-from gptb_ds.data import sources
+from gptb_ds.data import readers
 from gptb_ds.data.documents import open_store
-from gptb_ds.data.sources import Reading, Source, find_sources, open_source
+from gptb_ds.data.readers import Records, read_parts
+from gptb_ds.data.sources import Reading, Source, find_sources
 from tests.data_stores import fail, prepare, texts_of
 
 RECORDS = [{"id": i, "text": text} for i, text in enumerate(["one", "NA", "1.0", "ä ö\nü", "null", 'six, "quoted"'])]
@@ -156,7 +157,7 @@ def test_data_set_by_name_with_configuration_and_split(tmp_path: Path, streaming
 
 
 def test_a_hub_name_is_loaded_by_datasets(tmp_path: Path) -> None:
-    assert find_sources(["someone/corpus"], Reading()) == [Source("loaded", "someone/corpus")]
+    assert find_sources(["someone/corpus"], Reading()).sources == [Source("loaded", "someone/corpus")]
     with pytest.raises(ValueError, match="--source stdlb: no such file or folder"):
         find_sources(["stdlb"], Reading())
 
@@ -323,12 +324,14 @@ def test_large_texts_are_read_whole(tmp_path: Path) -> None:
     assert bytes((store.document(0) - 3).astype(np.uint8)).decode() == text
 
 
-def test_open_source_alone(tmp_path: Path) -> None:
+def test_records_alone(tmp_path: Path) -> None:
     make_folder(tmp_path)
-    sources = find_sources([str(tmp_path / "mixed")], Reading())
-    assert [source.kind for source in sources] == ["text", "json", "text"]
-    first = open_source(sources[0], Reading(), ["text"], tmp_path / "cache")
-    assert [Path(where).name for where in first["where"]] == ["c.md"]
+    found = find_sources([str(tmp_path / "mixed")], Reading())
+    records = Records(found.sources, Reading(), ["text"], tmp_path / "cache")
+    records.open()
+    assert records.tally.kinds() == "4 files as text, 1 file as JSON records"
+    read = [(Path(record.where).name, record.kind) for record in records]
+    assert read[0] == ("c.md", "text") and read[1:3] == [("d.jsonl:1", "json"), ("d.jsonl:2", "json")]
 
 
 def skipping(source: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], str]:
@@ -347,7 +350,7 @@ def test_a_bad_row_of_a_table_costs_that_row_alone(tmp_path: Path, capsys: pytes
     assert "a.csv:4: more values than the 2 columns" in said and "left out: 2 records with errors" in said
     table.write_text('id,text\n1,one\n2,"two\n3,three\n')
     texts, said = skipping(table, tmp_path / "t", capsys)
-    assert texts == ["one"] and "a.csv:2: what follows, to the end of the file, cannot be read" in said
+    assert texts == ["one", "three"] and "a.csv:3: a quotation mark that is not closed in its row" in said
 
 
 def test_arrays_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,9 +370,9 @@ def test_arrays_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_separators_across_the_chunks_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("one--two---three--four")
     for chunk in (1, 2, 3, 5, 100):
-        monkeypatch.setattr(sources, "_CHUNK", chunk)
-        records = sources.read_records("text", [str(tmp_path / "a.txt")], "--")
-        assert [record["text_bytes"] for record in records] == [b"one", b"two", b"-three", b"four"]
+        monkeypatch.setattr(readers, "_CHUNK", chunk)
+        with (tmp_path / "a.txt").open("rb") as stream:
+            assert list(read_parts(stream, "--")) == [b"one", b"two", b"-three", b"four"]
 
 
 def test_options_of_data_sets_are_not_for_files(tmp_path: Path) -> None:
