@@ -8,9 +8,10 @@ from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
-# Where transformers keeps the tables of its Auto classes: of configurations, and of models.
-_TABLES = ("transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto")
+# Where transformers defines AutoConfig, which finds the class of a configuration by its `model_type`.
+_TABLE = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
@@ -18,22 +19,44 @@ def register() -> None:
 
     transformers has no entry points for the models of others: a model must call `AutoConfig.register` itself, and to do
     so it must import transformers and torch, which takes seconds. `gptb-ds --help`, and a `prepare` that has nothing to
-    do, should not pay for that. So `gptb_ds.model`, which registers GPTB, is imported when transformers loads its
-    tables, and everybody who uses an Auto class makes it do that.
+    do, should not pay for that. So what is registered is a stand-in, and that when transformers loads its table.
     """
-    if any(name in sys.modules for name in _TABLES):
-        import_module("gptb_ds.model")
+    if _TABLE in sys.modules:
+        _register_stand_in(sys.modules[_TABLE])
     elif not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _TableFinder())
 
 
+class _Late(type):
+    """A class whose attributes, and whose instances, are those of GPTB's configuration, imported at their first use.
+
+    Importing `gptb_ds.model` registers the class itself in place of its stand-in, and the models. It can't be done
+    while transformers loads its table: that may happen amid the import of the very GPT-2 that our model stands on.
+    """
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(import_module("gptb_ds.model").GPTBConfig, name)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return import_module("gptb_ds.model").GPTBConfig(*args, **kwargs)
+
+
+class _StandIn(metaclass=_Late):
+    model_type = "gptb"
+
+
+def _register_stand_in(table: ModuleType) -> None:
+    if "gptb_ds.model" not in sys.modules:  # else it has registered itself
+        table.AutoConfig.register(_StandIn.model_type, _StandIn)
+
+
 class _TableFinder(MetaPathFinder):
-    """Finds the tables as Python would, and has GPTB registered once one of them is loaded."""
+    """Finds the table as Python would, and registers the stand-in once it is loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _TABLES:
+        if fullname != _TABLE:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
@@ -42,7 +65,7 @@ class _TableFinder(MetaPathFinder):
 
         def load_and_register(module: ModuleType) -> None:
             load(module)
-            import_module("gptb_ds.model")
+            _register_stand_in(module)
 
         spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec

@@ -12,6 +12,7 @@ PROGRAMS = {
     "ours first": "import gptb_ds; from transformers import AutoConfig, AutoModelForCausalLM",
     "theirs first": "from transformers import AutoConfig, AutoModelForCausalLM; import gptb_ds",
     "configuration alone": "import gptb_ds; from transformers import AutoConfig",
+    "amid GPT-2": "import gptb_ds; from transformers import GPT2Config; from transformers import AutoConfig",
     "our class first": "from gptb_ds import GPTBConfig; from transformers import AutoConfig, AutoModelForCausalLM",
 }
 CHECK = """
@@ -20,8 +21,8 @@ assert type(config).__module__ == "gptb_ds.model.configuration", type(config)
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_config(config)
 assert type(model).__name__ == "GPTBLMHeadModel", type(model)
-import inspect, transformers.models.auto.modeling_auto as table
-assert "MODEL_FOR_CAUSAL_LM_MAPPING" in inspect.getsource(table)
+import inspect, transformers.models.auto.configuration_auto as table
+assert "CONFIG_MAPPING" in inspect.getsource(table)
 """
 
 
