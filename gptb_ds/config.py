@@ -75,15 +75,60 @@ class DataConfig(Group):
 
 
 class OptimConfig(Group):
+    name: Literal["adamw", "muon"] = Field("adamw", description="muon: for the blocks' matrices, AdamW for the rest")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    lr_scaling: Literal["none", "sqrt", "linear"] = Field(
+        "none", description="how the rate grows with an update's tokens over optim.lr_tokens"
+    )
+    lr_tokens: int | None = Field(None, ge=1, description="tokens an update that optim.lr was found with")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's decay of the mean gradient, an update")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Adam's decay of the mean squared gradient, an update")
+    beta1_half_life: float | None = Field(None, gt=0, description="instead of beta1: its half-life in tokens")
+    beta2_half_life: float | None = Field(None, gt=0, description="instead of beta2: its half-life in tokens")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum, an update")
     warmup_updates: int = Field(100, ge=0, description="updates of linear warm-up")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW decay of matrices; vectors and the state are not decayed")
+    warmup_tokens: int | None = Field(None, ge=0, description="instead of warmup_updates: in tokens")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="after the warm-up (wsd: stable, then a decay at the end)"
+    )
+    decay_updates: int | None = Field(None, ge=1, description="wsd: updates of the decay (default: a fifth of the run)")
+    decay_tokens: int | None = Field(None, ge=1, description="wsd: tokens of the decay")
+    decay_from: int | None = Field(None, ge=0, description="wsd: the update, of a checkpoint say, that decay starts at")
+    weight_decay: float = Field(0.1, ge=0, description="decay of matrices; vectors and the state are not decayed")
     clip: float = Field(1.0, ge=0, description="global gradient norm; 0 = no clipping")
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> OptimConfig:
+        errors = []
+        decays = [key for key in ("decay_updates", "decay_tokens", "decay_from") if getattr(self, key) is not None]
+        if decays and self.schedule != "wsd":
+            errors.append(f"optim.{decays[0]} needs optim.schedule wsd, not {self.schedule}; set it, or leave this out")
+        if len(decays) > 1:
+            errors.append(f"optim.{' and optim.'.join(decays)} each say when the decay starts; give one of them")
+        if (self.lr_scaling == "none") != (self.lr_tokens is None):
+            errors.append(
+                f"optim.lr_scaling {self.lr_scaling} with optim.lr_tokens {self.lr_tokens}: give both, the rule and"
+                " the tokens an update that optim.lr was found with, or neither"
+            )
+        if self.beta1_half_life is not None and self.beta2_half_life is None:
+            errors.append("optim.beta1_half_life needs optim.beta2_half_life: give both, or the second alone")
+        if errors:
+            raise ValueError("\n".join(errors))
+        return self
 
 
 class TrainConfig(Group):
     updates: int = Field(1000, ge=1, description="optimizer steps of the whole run")
+    tokens: int | None = Field(None, ge=1, description="instead of updates: tokens of the whole run (whole windows)")
+    updates_per_window: list[str] = Field(
+        ["1"],
+        description="batch warm-up: N:TOKENS = N updates a window until so many tokens were trained, ..., the last"
+        " without; auto:N = from N down as the measured noise allows",
+    )
+    measure_noise: bool = Field(
+        False, description="estimate the gradient noise scale: the batch that is worth its size"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of weights and activations in a step")
     lane_groups: int = Field(1, ge=1, description="gradient accumulation: a rank's lanes in so many groups")
     recompute_every: int = Field(0, ge=0, description="keep states every c steps and recompute inside (0 = off)")
@@ -91,10 +136,81 @@ class TrainConfig(Group):
     seed: int = Field(0, ge=0, description="initialisation and dropout")
     max_bad_updates: int = Field(10, ge=1, description="stop after so many non-finite updates in a row")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_phase_is_a_list(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "updates_per_window" in values:
+            phases = values["updates_per_window"]
+            phases = phases if isinstance(phases, list) else [phases]
+            values = dict(values) | {"updates_per_window": [str(phase) for phase in phases]}
+        return values
+
+    @model_validator(mode="after")
+    def _phases_fall(self) -> TrainConfig:
+        errors = []
+        numbers = [number for number, _ in self.batch_phases()]
+        ends = [until for _, until in self.batch_phases() if until is not None]
+        if numbers != sorted(numbers, reverse=True) or ends != sorted(set(ends)):
+            errors.append(
+                f"train.updates_per_window {' '.join(self.updates_per_window)}: updates a window must fall, at growing"
+                " numbers of tokens"
+            )
+        for number in numbers:
+            if number % self.lane_groups and self.lane_groups % number:
+                errors.append(
+                    f"train.updates_per_window {number} is no divisor and no multiple of train.lane_groups"
+                    f" {self.lane_groups}; choose one"
+                )
+        if self.starts_adaptive and not self.measure_noise:
+            errors.append("train.updates_per_window auto follows the measured noise; set train.measure_noise true")
+        if self.starts_adaptive and self.tokens is None:
+            errors.append(
+                "train.updates_per_window auto: how many updates there will be is not known; give train.tokens"
+            )
+        if self.measure_noise and self.precision == "fp16":
+            errors.append(
+                "train.measure_noise with train.precision fp16: gradients carry a loss scale; choose bf16 or fp32"
+            )
+        if errors:
+            raise ValueError("\n".join(errors))
+        return self
+
+    @property
+    def starts_adaptive(self) -> bool:
+        """Whether the updates of a window follow the measured noise."""
+        return self.updates_per_window[0].startswith("auto:")
+
+    def batch_phases(self) -> tuple[tuple[int, int | None], ...]:
+        """(updates a window, until so many tokens) of each phase, the last one to the end. Raises ValueError."""
+        texts = self.updates_per_window
+        phases: list[tuple[int, int | None]] = []
+        for position, text in enumerate(texts):
+            number, _, until = text.removeprefix("auto:" if len(texts) == 1 else "").partition(":")
+            last = position == len(texts) - 1
+            if not (_is_positive(number) and (until == "" if last else _is_positive(until))):
+                raise ValueError(
+                    f"train.updates_per_window {text!r}: must be {'N' if last else 'N:TOKENS'}, whole numbers above 0"
+                    + (" (only the last phase has no end)" if last != (until == "") else "")
+                )
+            phases.append((int(number), None if last else int(until)))
+        return tuple(phases)
+
+    @property
+    def most_groups(self) -> int:
+        """The largest number of lane groups that a window is ever taken in."""
+        return max(self.lane_groups, *(number for number, _ in self.batch_phases()))
+
+
+def _is_positive(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
+
 
 class RunConfig(Group):
     dir: str = Field("runs/run", description="folder of the run")
     resume: str = Field("auto", description="auto, never, or a checkpoint's folder")
+    resume_optimizer: Literal["same", "switch"] = Field(
+        "same", description="switch: a checkpoint of another optimizer is taken, and moments start anew"
+    )
     save_every: int = Field(500, ge=0, description="updates between checkpoints (0 = only at the end)")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     log_every: int = Field(10, ge=1, description="updates between progress lines")
@@ -131,14 +247,34 @@ class Config(Group):
     @model_validator(mode="after")
     def _groups_fit(self) -> Config:
         errors = []
-        if self.optim.warmup_updates > self.train.updates:
+        optim, train = self.optim, self.train
+        if train.tokens is None and optim.warmup_tokens is None and optim.warmup_updates > train.updates:
             errors.append(
-                f"optim.warmup_updates {self.optim.warmup_updates} is above train.updates {self.train.updates};"
+                f"optim.warmup_updates {optim.warmup_updates} is above train.updates {train.updates};"
                 " lower it or train longer"
             )
-        if self.data.lanes % self.train.lane_groups:
+        if train.tokens is not None and (optim.warmup_tokens or 0) > train.tokens:
             errors.append(
-                f"train.lane_groups {self.train.lane_groups} does not divide data.lanes {self.data.lanes};"
+                f"optim.warmup_tokens {optim.warmup_tokens} is above train.tokens {train.tokens}; lower it, or train"
+                " longer"
+            )
+        if train.tokens is None and (optim.decay_from or 0) >= train.updates:
+            errors.append(
+                f"optim.decay_from {optim.decay_from} is not below train.updates {train.updates}; the decay takes the"
+                " updates between them"
+            )
+        in_updates = [key for key in ("decay_updates", "decay_from") if getattr(optim, key) is not None]
+        if optim.warmup_tokens is None and optim.warmup_updates:
+            in_updates.append("warmup_updates")
+        if train.starts_adaptive and in_updates:
+            errors.append(
+                f"optim.{' and optim.'.join(in_updates)} with train.updates_per_window auto: when an update comes is"
+                " not known; give optim.warmup_tokens and optim.decay_tokens"
+            )
+        if self.data.lanes % train.most_groups:
+            key = "lane_groups" if train.most_groups == train.lane_groups else "updates_per_window"
+            errors.append(
+                f"train.{key} {train.most_groups} does not divide data.lanes {self.data.lanes};"
                 f" choose one of {divisors(self.data.lanes)}"
             )
         if self.train.recompute_every > self.data.window:

@@ -28,3 +28,17 @@ def changed_settings(manifest: Manifest, setting: dict[str, Any]) -> list[str]:
         for key in keys
         if manifest.setting.get(key) != setting.get(key)
     ]
+
+
+def keeps_moments(manifest: Manifest, optimizer: str, resume_optimizer: str, folder: Path) -> bool:
+    """Whether the run goes on with the checkpoint's moments: they are those of its optimizer.
+
+    Raises CheckpointError, one line, when they are another's and `resume_optimizer` is not "switch".
+    """
+    before = manifest.setting.get("optim.name", "adamw")
+    if before != optimizer and resume_optimizer != "switch":
+        raise CheckpointError(
+            f"{folder}: optim.name was {before!r} when this was saved and is {optimizer!r} now; set it back, or start"
+            " its moments anew with --run.resume_optimizer switch"
+        )
+    return bool(before == optimizer)

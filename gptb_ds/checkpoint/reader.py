@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,21 @@ class CheckpointReader:
         """Shape of every parameter in the checkpoint."""
         return {key: self._shape(kind, key) for kind, key in self._where if kind == "model"}
 
-    def check_model(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        """Raises CheckpointError unless weights and moments are float32 and have the names and shapes `wanted`."""
+    def check_model(
+        self,
+        wanted: dict[str, tuple[int, ...]],
+        moments: Callable[[str], Sequence[str]] | None = lambda name: ("exp_avg", "exp_avg_sq"),
+    ) -> None:
+        """Raises CheckpointError unless weights and moments are float32 and have the names and shapes `wanted`.
+
+        `moments` are the kinds of moments that a parameter has. None: they are not wanted, whatever they are.
+        """
         expected = {("model", name): shape for name, shape in wanted.items()}
-        for moment in ("exp_avg", "exp_avg_sq"):
-            expected |= {("optimizer", f"{moment}/{name}"): shape for name, shape in wanted.items()}
-        for kind, key in sorted(expected.keys() ^ self._where.keys()):
+        if moments is not None:
+            for name, shape in wanted.items():
+                expected |= {("optimizer", f"{moment}/{name}"): shape for moment in moments(name)}
+        there = {(kind, key) for kind, key in self._where if kind == "model" or moments}
+        for kind, key in sorted(expected.keys() ^ there):
             where = "the model has no such parameter" if (kind, key) in self._where else "the checkpoint lacks it"
             raise CheckpointError(f"{self.folder}: {kind} tensor {key!r}: {where}")
         for (kind, key), shape in expected.items():

@@ -51,8 +51,11 @@ class Window:
         return self._from_parts([[tensor.to(device, non_blocking=True)] for tensor in self._tensors()])[0]
 
     def split_lanes(self, groups: int) -> list[Window]:
-        """Its lanes in `groups` equal neighbouring parts, without copying."""
-        return self._from_parts([tensor.chunk(groups, dim=1) for tensor in self._tensors()])
+        """Its lanes in `groups` equal parts, without copying: part g has the lanes g, g + groups, g + 2 groups, ...
+
+        So that a lane's part is its global number modulo `groups`, on any number of ranks.
+        """
+        return self._from_parts([[tensor[:, g::groups] for g in range(groups)] for tensor in self._tensors()])
 
     def split_columns(self, columns: int) -> list[Window]:
         """Its columns in windows of `columns`, without copying."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from gptb_ds.checkpoint.format import CheckpointError, Manifest
+from gptb_ds.checkpoint.identity import keeps_moments
 from gptb_ds.checkpoint.reader import CheckpointReader
 from gptb_ds.checkpoint.writer import CheckpointWriter, SaveError, assign_parameters
 from gptb_ds.data.collator import LaneCollator
@@ -56,7 +57,7 @@ class Checkpointer:
         """
         manifest = Manifest(
             step=state.update,
-            tokens=self._facts.tokens(state.update),
+            tokens=state.tokens,
             loss=state.loss,
             world_size=self._world.size,
             zero_stage=self._engine.stage,
@@ -81,7 +82,10 @@ class Checkpointer:
         CPU. Raises CheckpointError on all ranks, before anything is changed, when something does not fit.
         """
         state, lanes, random_state = self._world.on_all_ranks(self._read, reader, state_shape)
-        self._engine.fp32_state.load(reader.fetch, state.adam_steps)
+        same = self._keeps_moments(reader)
+        if not same:
+            state.adam_start, state.adam_tokens = state.adam_steps, 0
+        self._engine.fp32_state.load(reader.fetch, state.adam_steps - state.adam_start, moments=same)
         self._engine.fp32_state.load_scaler_state(reader.manifest.scaler)
         if random_state is not None:
             _set_random_state(random_state, self._world.device)
@@ -100,12 +104,17 @@ class Checkpointer:
             state = TrainState.restored(manifest.progress)
         except ValueError as error:
             raise CheckpointError(f"{reader.folder}: {error}") from None
-        if (state.update, self._facts.tokens(state.update)) != (manifest.step, manifest.tokens):
+        if (state.update, state.tokens) != (manifest.step, manifest.tokens):
             raise CheckpointError(
                 f"{reader.folder}: says {manifest.step} updates of {manifest.tokens} tokens, its counters say"
-                f" {state.update} of {self._facts.tokens(state.update)}"
+                f" {state.update} of {state.tokens}"
             )
-        reader.check_model(self._engine.fp32_state.shapes())
+        if state.tokens % self._facts.window_tokens:
+            raise CheckpointError(
+                f"{reader.folder}: {state.tokens} tokens are no whole windows of {self._facts.window_tokens}"
+            )
+        weights = self._engine.fp32_state
+        reader.check_model(weights.shapes(), weights.moments if self._keeps_moments(reader) else None)
         own = state_shape[0]
         lanes = reader.lanes(rank * own, (rank + 1) * own, tuple(state_shape[1:]))
         random_state = None
@@ -115,6 +124,10 @@ class Checkpointer:
                 raise CheckpointError(f"{reader.folder}: the random state of rank {rank} has another size")
         self._windows.load_state_dict({"ordinal": lanes["ordinal"], "offset": lanes["offset"]})
         return state, lanes, random_state
+
+    def _keeps_moments(self, reader: CheckpointReader) -> bool:
+        """See `keeps_moments`."""
+        return keeps_moments(reader.manifest, self._facts.optim.name, self._facts.run.resume_optimizer, reader.folder)
 
     # Writing
 

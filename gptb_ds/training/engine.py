@@ -24,7 +24,8 @@ from gptb_ds.distributed.world import World
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
 from gptb_ds.training.deepspeed_policy import offload_devices, zero_stage
-from gptb_ds.training.optimizers import build_optimizer
+from gptb_ds.training.noise_scale import GradientNorms
+from gptb_ds.training.optimizers import build_optimizer, trained_parameters
 
 # DeepSpeed looks for its accelerator while it is imported, and says so on standard output.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -46,12 +47,15 @@ leave_out_inference_kernel()
 class UpdateResult:
     """What one update did. `applied` is off when it was skipped.
 
-    `loss` is nats per counted target over all ranks; None: nothing was counted.
+    `loss` is nats per counted target over all ranks; None: nothing was counted. `part_norm`, where noise is measured,
+    is the mean squared norm of the gradients of the update's `parts`: what each rank took in one backward pass.
     """
 
     loss: float | None
     grad_norm: float
     applied: bool
+    part_norm: float | None = None
+    parts: int = 1
 
 
 def check_policy(policy: dict[str, Any]) -> None:
@@ -76,17 +80,18 @@ class Engine:
         precision: str,
         optim: OptimConfig,
         policy: dict[str, Any],
+        measure_noise: bool = False,
     ) -> None:
         """`lanes` counts this rank's own. Raises DeepSpeedChangedError, see `Fp32State`."""
         assert lanes % lane_groups == 0
-        self.world, self.lane_groups = world, lane_groups
+        self.world, self._groups = world, lane_groups
         self.stage = zero_stage(policy)
         # The one case without a wrapper of DeepSpeed's around the optimizer: ours guards itself, and clips.
         guarded = self.stage == 0 and precision == "fp32"
-        parameters = {name: p for name, p in objective.model.named_parameters() if p.requires_grad}
+        parameters = trained_parameters(objective.model)
         offload = offload_devices(policy)["offload_optimizer"] != "none" and world.device.type != "cpu"
         self._base = build_optimizer(
-            parameters,
+            objective.model,
             optim,
             device=world.device,
             guarded=guarded,
@@ -99,8 +104,10 @@ class Engine:
             "bf16": {"enabled": precision == "bf16", "check_grad_overflow": precision == "bf16"},
             "fp16": {"enabled": precision == "fp16"},
             "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,  # Muon: tested here against one process
             "steps_per_print": None,
         }
+        self._norms = GradientNorms(parameters.values(), world.device) if measure_noise else None
         self._deepspeed, *_ = deepspeed.initialize(
             model=objective,
             optimizer=self._base,
@@ -139,19 +146,25 @@ class Engine:
             self._deepspeed.train()
 
     def update(
-        self, groups: list[tuple[Window, torch.Tensor]], lr: float, counted: float
+        self,
+        groups: list[tuple[Window, torch.Tensor]],
+        lr: float,
+        counted: float,
+        betas: tuple[float, float] | None = None,
     ) -> tuple[UpdateResult, list[torch.Tensor]]:
-        """One optimizer update over this rank's lane groups: [(window, state (B, S-1, E))], in order.
+        """One optimizer update over these lane groups of this rank: [(window, state (B, S-1, E))], in order.
 
-        `counted` is the (weighted) number of counted targets over all ranks. Returns the result and the new states. A
-        loss or gradient that is not finite anywhere leaves weights and moments as they were, on all ranks.
+        `counted` is the (weighted) number of counted targets over all ranks; `betas` are Adam's, from now on. Returns
+        the result and the new states. A loss or gradient that is not finite anywhere leaves weights and moments as they
+        were, on all ranks. All ranks must bring as many groups; the number may change from one window to the next.
         """
-        assert len(groups) == self.lane_groups
+        self._accumulate(len(groups), groups[0][0].lanes)
         # DeepSpeed averages over ranks and divides by the number of groups: this makes a global mean of the sums.
-        scale = self.world.size * self.lane_groups / max(counted, 1.0)
+        scale = self.world.size * len(groups) / max(counted, 1.0)
         for group in self._base.param_groups:
             group["lr"] = lr
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+            group["betas"] = betas or group["betas"]
+        loss_and_norm = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         states = []
         for window, state in groups:
             loss, new_state = self._deepspeed(
@@ -159,16 +172,30 @@ class Engine:
             )
             # A loss that is not finite makes its gradients so: then every rank learns of it, and skips.
             self._deepspeed.backward(loss * torch.where(loss.detach().isfinite(), scale, math.nan))
-            total += loss.detach().double()
+            loss_and_norm[0] += loss.detach().double()
             states.append(new_state)
             self._deepspeed.step()
-        self.world.sum(total)
+        if self._norms is not None:
+            loss_and_norm[1] = self._norms.take()
+        loss_sum, squared_norms = self.world.sum(loss_and_norm).tolist()
         norm = self._deepspeed.get_global_grad_norm()
-        return (
-            UpdateResult(
-                loss=total.item() / counted if counted else None,
-                grad_norm=math.nan if norm is None else float(norm),
-                applied=bool(self._deepspeed.was_step_applied()),
-            ),
-            states,
+        result = UpdateResult(
+            loss=loss_sum / counted if counted else None,
+            grad_norm=math.nan if norm is None else float(norm),
+            applied=bool(self._deepspeed.was_step_applied()),
+            # What arrived at the hooks was a part's sum divided by counted / ranks. Its mean is `groups` times that.
+            part_norm=None if self._norms is None else squared_norms * len(groups) / self.world.size,
+            parts=self.world.size * len(groups),
         )
+        return result, states
+
+    def _accumulate(self, groups: int, lanes: int) -> None:
+        """Tells DeepSpeed how many backward passes make an update.
+
+        It decides by the count of all passes so far, modulo this number: change it at a window's edge only, where the
+        count is a multiple of every number that is in use.
+        """
+        if groups != self._groups:
+            self._deepspeed.set_train_micro_batch_size(lanes)
+            self._deepspeed.set_train_batch_size(lanes * self.world.size * groups)
+            self._groups = groups

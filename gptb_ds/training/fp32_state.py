@@ -10,7 +10,7 @@ in any release, and a checkpoint without moments would be noticed only by the ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,8 +31,9 @@ from torch import nn
 
 from gptb_ds.config import ConfigError
 from gptb_ds.distributed.watchdog import progress_made
+from gptb_ds.training.muon import MOMENTUM, MuonWithAdamW, Piece
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedChangedError(ConfigError):
@@ -71,12 +72,27 @@ _INTERNALS: dict[int, tuple[Internal, ...]] = {
             "DeepSpeedZeroOptimizer, runtime/zero/stage_1_and_2.py:852",
             "moments made before the first update are not saved",
         ),
+        Internal(
+            "bit16_groups",
+            "DeepSpeedZeroOptimizer, runtime/zero/stage_1_and_2.py:370",
+            "it is not known where a parameter lies in the flat pieces",
+        ),
     ),
     3: (
         Internal(
             "fp32_partitioned_groups_flat",
             "DeepSpeedZeroOptimizer_Stage3, runtime/zero/stage3.py:416",
             "the moments cannot be made before the first update",
+        ),
+        Internal(
+            "fp16_groups",
+            "DeepSpeedZeroOptimizer_Stage3, runtime/zero/stage3.py:404",
+            "it is not known where a parameter lies in the flat pieces",
+        ),
+        Internal(
+            "grad_position",
+            "DeepSpeedZeroOptimizer_Stage3, runtime/zero/stage3.py:500",
+            "it is not known where a parameter lies in the flat pieces",
         ),
     ),
 }
@@ -205,8 +221,16 @@ class Fp32State:
         # The wrapper of stage 0 steps once in its constructor (`initialize_optimizer_states`, unfused_optimizer.py:412,
         # with gradients of zero, to have the moments in memory early). That leaves a count of 1 behind: the first
         # update would be taken for the second, and Adam's bias correction with it. Its state starts from nothing.
+        self._copies: dict[int, torch.Tensor] = {}
         if stage == 0 and self._wrapped:
             base.state.clear()
+            for low, high in zip(self._wrapper.fp16_groups, self._wrapper.fp32_groups, strict=True):
+                self._copies |= {id(p): master for p, master in zip(low, high, strict=True)}
+        self._pieces = self._find_pieces()
+        self._with_muon: Collection[str] = ()
+        if isinstance(base, MuonWithAdamW):
+            self._with_muon = base.matrices
+            base.layout = lambda tensor: self._pieces[id(tensor)]
 
     def _check(self, precision: str) -> None:
         if self._wrapped:
@@ -227,34 +251,43 @@ class Fp32State:
         return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self._parameters.items()}
 
     def export(self, keep: Callable[[str], bool]) -> dict[str, dict[str, torch.Tensor]]:
-        """{"weight" | "exp_avg" | "exp_avg_sq": {name: float32 CPU tensor}} of the parameters that `keep` wants here.
+        """{"weight" or a moment: {name: float32 CPU tensor}} of the parameters that `keep` wants here.
 
         Every rank must call it: the pieces of a parameter lie on several.
         """
         self._ensure_moments()
-        out: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in ("weight", *MOMENTS)}
+        out: dict[str, dict[str, torch.Tensor]] = {"weight": {}}
         for name, master in self._masters():
-            for kind, tensors in out.items():
+            for kind in ("weight", *self.moments(name)):
                 tensor = master.get(kind)
                 if keep(name):
-                    tensors[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+                    out.setdefault(kind, {})[name] = tensor.detach().to("cpu", torch.float32, copy=True)
         return out
 
-    def load(self, fetch: Callable[[str, str], torch.Tensor], adam_steps: int) -> None:
+    def load(self, fetch: Callable[[str, str], torch.Tensor], adam_count: float, *, moments: bool = True) -> None:
         """Writes weights and moments from `fetch(kind, name)` (full float32 CPU tensors) and Adam's count of steps.
 
-        Every rank must call it, with the same values.
+        Every rank must call it, with the same values. Without `moments` these stay zero.
         """
         self._ensure_moments()
         for name, master in self._masters():
-            for kind in ("weight", *MOMENTS):
+            for kind in ("weight", *(self.moments(name) if moments else ())):
                 master.set(kind, fetch(kind, name).to(self._device))
                 progress_made(f"loading {kind} of {name}")
+        self.set_adam_count(adam_count)
+
+    def set_adam_count(self, count: float) -> None:
+        """The count of steps that Adam's bias correction stands at."""
+        self._ensure_moments()
         for state in self._base.state.values():
-            if torch.is_tensor(state["step"]):
-                state["step"].fill_(float(adam_steps))
-            else:
-                state["step"] = adam_steps
+            if torch.is_tensor(state.get("step")):
+                state["step"].fill_(count)
+            elif "step" in state:
+                state["step"] = round(count)
+
+    def moments(self, name: str) -> tuple[str, ...]:
+        """The kinds of moments that a parameter has."""
+        return (MOMENTUM,) if name in self._with_muon else ADAM_MOMENTS
 
     def scaler_state(self) -> dict[str, int | float]:
         """fp16's dynamic loss scale as plain numbers ({} in other precisions)."""
@@ -268,16 +301,11 @@ class Fp32State:
             setattr(getattr(self._wrapper, str(self._scaler_name)), key, values[key])
 
     def _masters(self) -> Iterator[tuple[str, _Master]]:
-        if self._stage > 0:
-            for name, parameter in self._parameters.items():
-                yield name, PartitionedMaster(parameter, self._stage)
-            return
-        copies: dict[int, torch.Tensor] = {}
-        if self._wrapped:
-            for low, high in zip(self._wrapper.fp16_groups, self._wrapper.fp32_groups, strict=True):
-                copies |= {id(p): master for p, master in zip(low, high, strict=True)}
         for name, parameter in self._parameters.items():
-            yield name, ReplicatedMaster(parameter, copies.get(id(parameter), parameter), self._base)
+            yield name, self._replicated(parameter) if self._stage == 0 else PartitionedMaster(parameter, self._stage)
+
+    def _replicated(self, parameter: nn.Parameter) -> ReplicatedMaster:
+        return ReplicatedMaster(parameter, self._copies.get(id(parameter), parameter), self._base)
 
     def _ensure_moments(self) -> None:
         """Makes the moments that are not there yet: zeros, as Adam's first step would make them.
@@ -293,10 +321,12 @@ class Fp32State:
         for tensor in self._stepped_tensors():
             state = self._base.state[tensor]
             if not state:
-                counts_in_python = isinstance(self._base, DeepSpeedCPUAdam)
-                device = tensor.device if self._base.defaults.get("fused") else "cpu"
-                state["step"] = 0 if counts_in_python else torch.zeros((), dtype=torch.float32, device=device)
-                state |= {moment: torch.zeros_like(tensor) for moment in MOMENTS}
+                kinds = self.moments(self._pieces[id(tensor)][0].name)
+                if kinds == ADAM_MOMENTS:
+                    counts_in_python = isinstance(self._base, DeepSpeedCPUAdam)
+                    device = tensor.device if self._base.defaults.get("fused") else "cpu"
+                    state["step"] = 0 if counts_in_python else torch.zeros((), dtype=torch.float32, device=device)
+                state |= {kind: torch.zeros_like(tensor) for kind in kinds}
         if self._stage in (1, 2):
             self._wrapper._hp_optimizer_states_linked = False
             self._wrapper._lazy_init_hp_params_optimizer_state()
@@ -310,6 +340,34 @@ class Fp32State:
             pieces = self._wrapper.single_partition_of_fp32_groups
             return pieces
         return [p for group in self._base.param_groups for p in group["params"]]
+
+    def _find_pieces(self) -> dict[int, list[Piece]]:
+        """Where the parameters lie in each tensor that the base optimizer steps, by the tensor's id."""
+        shapes, names = self.shapes(), {id(p): name for name, p in self._parameters.items()}
+        found: dict[int, list[Piece]] = {}
+        if self._stage == 0:
+            masters = {name: self._replicated(parameter).master for name, parameter in self._parameters.items()}
+            return {id(master): [Piece(name, shapes[name], 0, 0, master.numel())] for name, master in masters.items()}
+        groups = self._wrapper.fp16_groups if self._stage == 3 else self._wrapper.bit16_groups
+        for tensor, group in zip(self._stepped_tensors(), groups, strict=True):
+            found[id(tensor)] = [
+                Piece(names[id(parameter)], shapes[names[id(parameter)]], *self._span(parameter)) for parameter in group
+            ]
+        return found
+
+    def _span(self, parameter: nn.Parameter) -> tuple[int, int, int]:
+        """(start in the parameter, offset in the flat tensor, size) of this rank's piece of a parameter."""
+        if self._stage == 3:
+            _, offset, size = self._wrapper.grad_position[self._wrapper.get_param_id(parameter)]
+            start = size * deepspeed.comm.get_rank()
+            # Equal pieces: the last ranks' are padded.
+            total = parameter.ds_numel  # type: ignore[attr-defined]
+            return start, offset, max(0, min(size, total - start))
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return 0, 0, 0
+        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return here.start, there.start, here.numel
 
 
 def _must_have(holder: Any, internals: Sequence[Internal]) -> None:

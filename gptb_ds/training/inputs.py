@@ -87,13 +87,20 @@ def read_inputs(config: Config, world: World) -> Inputs:
 
 
 def _check_lanes(config: Config, world: World) -> None:
-    lanes, groups = config.data.lanes, config.train.lane_groups
+    lanes, groups = config.data.lanes, config.train.most_groups
+    key = "lane_groups" if groups == config.train.lane_groups else "updates_per_window"
     if lanes % (world.size * groups):
         valid = [d for d in divisors(lanes) if d % groups == 0]
         each = [d // groups for d in valid]
         raise ConfigError(
-            f"data.lanes {lanes} cannot be shared by {world.size} ranks with train.lane_groups {groups}: use"
+            f"data.lanes {lanes} cannot be shared by {world.size} ranks with train.{key} {groups}: use"
             f" {' or '.join(map(str, each))} ranks, or a multiple of {world.size * groups} as data.lanes"
+        )
+    most = max(number for number, _ in config.train.batch_phases())
+    if config.train.measure_noise and world.size * max(config.train.lane_groups, most) < 2 * most:
+        raise ConfigError(
+            "train.measure_noise compares an update's parts, what each rank takes in one pass, and there is one only;"
+            f" set train.lane_groups {2 * most}"
         )
 
 

@@ -1,51 +1,73 @@
-"""The construction of optimizers: parameter groups, and the AdamW that refuses an update that is not finite."""
+"""The construction of optimizers: parameter groups, and the guard that refuses an update that is not finite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, overload
 
 import torch
 from torch import nn
 
 from gptb_ds.config import OptimConfig
+from gptb_ds.training.muon import MuonWithAdamW, matrices_of
 
-BETAS = (0.9, 0.95)
 
+def parameter_groups(
+    parameters: dict[str, nn.Parameter], optim: OptimConfig, matrices: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Groups for AdamW: matrices decay; vectors, embeddings of position and the initial state don't.
 
-def parameter_groups(parameters: dict[str, nn.Parameter], optim: OptimConfig) -> list[dict[str, Any]]:
-    """Two groups for AdamW: matrices decay; vectors, embeddings of position and the initial state don't."""
-    matrices = {n: p for n, p in parameters.items() if p.ndim >= 2 and not n.endswith(("initial_embeds", "wpe.weight"))}
-    others = [p for name, p in parameters.items() if name not in matrices]
-    return [
-        {"params": list(matrices.values()), "weight_decay": optim.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+    `matrices` are the names that Muon takes: a group of their own, with `muon` on.
+    """
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    taken: list[nn.Parameter] = []
+    for name, parameter in parameters.items():
+        plain = parameter.ndim >= 2 and not name.endswith(("initial_embeds", "wpe.weight"))
+        (taken if name in matrices else decayed if plain else others).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": optim.weight_decay, "muon": False},
+        {"params": others, "weight_decay": 0.0, "muon": False},
+        {"params": taken, "weight_decay": optim.weight_decay, "muon": True},
     ]
+    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(
-    parameters: dict[str, nn.Parameter],
+    model: nn.Module,
     optim: OptimConfig,
     *,
     device: torch.device,
     guarded: bool = False,
     offloaded: type[torch.optim.Optimizer] | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW over the parameters by name. `guarded`: it clips and refuses on its own; `offloaded`: the class to use.
+    """The optimizer of the model's trained parameters. `guarded`: it clips and refuses on its own.
 
-    The rate is set before each update. Until then it is 0: some of DeepSpeed's wrappers step once while they are built.
+    `offloaded` is the class that steps AdamW's moments on the CPU. The rate is set before each update. Until then it is
+    0: some of DeepSpeed's wrappers step once while they are built.
     """
+    parameters = trained_parameters(model)
+    options: dict[str, Any] = {"lr": 0.0, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    if optim.name == "muon":
+        matrices = {name: matrix for name, matrix in matrices_of(model).items() if name in parameters}
+        options |= {"matrices": matrices, "momentum": optim.momentum, "device": device}
+        groups = parameter_groups(parameters, optim, matrices)
+        return GuardedMuon(groups, clip=optim.clip, **options) if guarded else MuonWithAdamW(groups, **options)
     groups = parameter_groups(parameters, optim)
     if offloaded is not None:
-        return offloaded(groups, lr=0.0, betas=BETAS)  # type: ignore[call-arg]
-    if guarded:
-        return GuardedAdamW(groups, clip=optim.clip, lr=0.0, betas=BETAS, fused=device.type == "cuda")
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=device.type == "cuda")
+        return offloaded(groups, **options)
+    options["fused"] = device.type == "cuda"
+    return GuardedAdamW(groups, clip=optim.clip, **options) if guarded else torch.optim.AdamW(groups, **options)
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips the global gradient norm, and leaves everything as it was when that norm is not finite.
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by name, in an order that all ranks share."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Guarded(torch.optim.Optimizer):
+    """Clips the global gradient norm, and leaves everything as it was when that norm is not finite.
 
     For DeepSpeed's stage 0 in fp32, the one case in which it puts no wrapper of its own around the optimizer: there
     nothing would hold back an update with a NaN, and its clipping reports no norm. After a step DeepSpeed reads
@@ -55,7 +77,7 @@ class GuardedAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, clip: float, **options: Any) -> None:
-        """`clip` is the largest global norm; 0: no clipping. `options` are AdamW's."""
+        """`clip` is the largest global norm; 0: no clipping. `options` are those of the class that is guarded."""
         super().__init__(groups, **options)
         self._clip = clip
         self.overflow = False
@@ -80,3 +102,11 @@ class GuardedAdamW(torch.optim.AdamW):
             nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
         super().step()
         return None
+
+
+class GuardedAdamW(Guarded, torch.optim.AdamW):
+    """AdamW, guarded."""
+
+
+class GuardedMuon(Guarded, MuonWithAdamW):
+    """Muon and AdamW, guarded."""

@@ -48,10 +48,10 @@ class Reporter:
         for name, sink in self._sinks.items():
             self._to_sink(name, sink.follow, lines)
 
-    def start(self, update: int) -> None:
-        """Training begins after `update` updates: time counts from here."""
+    def start(self, update: int, last: int) -> None:
+        """Training begins after `update` updates, of `last` in all: time counts from here."""
         if self._speaks:
-            self._progress = Progress(self._facts.train.updates, update, self._facts.run.log_every)
+            self._progress = Progress(last, update, self._facts.run.log_every)
 
     def restart(self) -> None:
         """Time counts from now: what came before was no update."""

@@ -30,6 +30,7 @@ from gptb_ds.training.metrics import read_metrics
 from gptb_ds.training.output import forgiving_output
 from gptb_ds.training.reporter import Reporter
 from gptb_ds.training.run_folder import RunFolder
+from gptb_ds.training.schedule import BatchPlan, run_tokens
 from gptb_ds.training.sinks import FOLDERS
 from gptb_ds.training.stop_requests import StopRequests
 from gptb_ds.training.trainer import Trainer, TrainingError
@@ -129,9 +130,10 @@ def _find_start(inputs: Inputs, folder: RunFolder, world: World, reporter: Repor
     reader = world.on_all_ranks(CheckpointReader, checkpoint)
     manifest = reader.manifest
     world.on_all_ranks(check_identity, manifest, facts.identity, checkpoint)
-    if manifest.step > facts.train.updates:
+    key, done = ("updates", manifest.step) if facts.train.tokens is None else ("tokens", manifest.tokens)
+    if manifest.tokens > run_tokens(facts.train, BatchPlan(facts.window_tokens, facts.train.batch_phases())):
         raise ConfigError(
-            f"train.updates {facts.train.updates}: {checkpoint} is after update {manifest.step} already; give a number"
+            f"train.{key} {getattr(facts.train, key)}: {checkpoint} is after {done} {key} already; give a number"
             " above that, name an earlier checkpoint with --run.resume, or another --run.dir"
         )
     metrics = checkpoint.parent.parent / reporter.metrics_file.name
@@ -160,6 +162,7 @@ def _build(config: Config, inputs: Inputs, world: World, reporter: Reporter, sto
         precision=facts.train.precision,
         optim=facts.optim,
         policy=inputs.policy,
+        measure_noise=facts.train.measure_noise,
     )
     if facts.train.compile:
         inputs.model.compile_step()
@@ -186,11 +189,13 @@ def _write_beginning(config: Config, inputs: Inputs, start: _Start, trainer: Tra
 def _headline(config: Config, world: World, trainer: Trainer) -> str:
     facts, engine = trainer.facts, trainer.engine
     parameters = sum(torch.Size(shape).numel() for shape in engine.fp32_state.shapes().values())
+    plain = facts.train.updates_per_window == ["1"]
+    taken = "an update" if plain else f"a window, in {' '.join(facts.train.updates_per_window)} updates"
     return (
         f"{parameters / 1e6:.2f} M parameters, {config.model.num_slots} slots; {facts.lanes} lanes x"
-        f" {facts.window} columns = {facts.tokens(1):,} tokens an update;"
+        f" {facts.window} columns = {facts.window_tokens:,} tokens {taken};"
         f" {world.size} rank(s) on {world.device.type}, ZeRO {engine.stage}, {facts.train.precision};"
-        f" updates {trainer.state.update} to {facts.train.updates}"
+        f" updates {trainer.state.update} to {trainer.updates.last_update}"
     )
 
 

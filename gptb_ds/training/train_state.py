@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pydantic.dataclasses
-from pydantic import ConfigDict, NonNegativeInt, ValidationError
+from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from gptb_ds.config import OptimConfig, RunConfig, TrainConfig
+from gptb_ds.training.noise_scale import NoiseScale
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class RunFacts:
     identity: dict[str, Any]
     settings: dict[str, Any]
 
-    def tokens(self, updates: int) -> int:
-        """Tokens that so many updates have read, over all ranks."""
-        return updates * self.lanes * self.window
+    @property
+    def window_tokens(self) -> int:
+        """Tokens of a window, over all ranks."""
+        return self.lanes * self.window
 
 
 @pydantic.dataclasses.dataclass(config=ConfigDict(strict=True, extra="forbid"))
@@ -39,16 +41,34 @@ class TrainState:
     """Where a run stands: all its counters. A checkpoint saves and restores every field by its name.
 
     To add a counter, add a field here; a checkpoint that was written before lacks it, and gives its default.
-    `loss` is the last update's, None when it was not finite or nothing was counted. `evaluation_due`: a request to stop
-    broke off the evaluation that belongs to this update.
+    `tokens` of all ranks were read by all `update`s, `adam_tokens` by those that were applied since Adam's moments
+    began (after `adam_start` of the `adam_steps`). `loss` is the last update's, None when it was not finite or nothing
+    was counted. `evaluation_due`: a request to stop broke off the evaluation that belongs to this update. The last
+    window made `updates_per_window`; the other three are the `noise`.
     """
 
     update: NonNegativeInt = 0
+    tokens: NonNegativeInt = 0
     adam_steps: NonNegativeInt = 0
+    adam_start: NonNegativeInt = 0
+    adam_tokens: NonNegativeInt = 0
+    updates_per_window: PositiveInt = 1
+    noise_signal: float = 0.0
+    noise_variance: float = 0.0
+    noise_updates: NonNegativeInt = 0
     skipped: NonNegativeInt = 0
     bad_in_row: NonNegativeInt = 0
     evaluation_due: bool = False
     loss: float | None = None
+
+    @property
+    def noise(self) -> NoiseScale:
+        """The gradient noise scale as measured so far."""
+        return NoiseScale(self.noise_signal, self.noise_variance, self.noise_updates)
+
+    @noise.setter
+    def noise(self, value: NoiseScale) -> None:
+        self.noise_signal, self.noise_variance, self.noise_updates = value.signal, value.noise, value.updates
 
     def saved(self) -> dict[str, int | float | bool | None]:
         """The counters by name."""

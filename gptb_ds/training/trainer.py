@@ -5,7 +5,6 @@ Axes: B lanes of this rank or group, K steps, S slots, E embedding.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -15,18 +14,17 @@ from transformers import PreTrainedTokenizerBase
 from gptb_ds.checkpoint.reader import CheckpointReader
 from gptb_ds.checkpoint.writer import SaveError
 from gptb_ds.data.collator import LaneCollator
-from gptb_ds.data.window import Window
 from gptb_ds.distributed.watchdog import progress_made
 from gptb_ds.distributed.world import World, derive_seed
 from gptb_ds.evaluation import HeldOut, LossSum, metrics_of
 from gptb_ds.generation import generate
 from gptb_ds.training.checkpointer import Checkpointer
-from gptb_ds.training.engine import Engine, UpdateResult
+from gptb_ds.training.engine import Engine
 from gptb_ds.training.metrics import Metrics
 from gptb_ds.training.reporter import Reporter
-from gptb_ds.training.schedule import learning_rate
 from gptb_ds.training.stop_requests import StopRequests
-from gptb_ds.training.train_state import RunFacts, TrainState
+from gptb_ds.training.train_state import RunFacts
+from gptb_ds.training.updates import Update, WindowUpdates
 
 
 class TrainingError(RuntimeError):
@@ -56,18 +54,16 @@ class Trainer:
     ) -> None:
         self.facts, self.data, self.engine = facts, data, engine
         self.checkpointer, self.reporter, self.stop = checkpointer, reporter, stop
-        self.state = TrainState()
+        self.updates = WindowUpdates(facts, engine)
+        self.state = self.updates.start()
         self._world: World = engine.world
         self._save_due = False
-        self._lane_states: list[torch.Tensor] = []
-        # Zeros: every lane starts with a reset, which replaces them. One tensor (B, S-1, E) for each lane group.
-        self._set_lane_states(engine.model.empty_state(facts.lanes // self._world.size))
         torch.manual_seed(derive_seed(facts.train.seed, "dropout", self._world.rank))
 
     def restore(self, reader: CheckpointReader) -> None:
         """Continues from a checkpoint. Raises CheckpointError on all ranks as `Checkpointer.restore` does."""
-        self.state, state_BSE = self.checkpointer.restore(reader, torch.cat(self._lane_states).shape)
-        self._set_lane_states(state_BSE)
+        self.state, state_BSE = self.checkpointer.restore(reader, self.updates.state_BSE.shape)
+        self.updates.restore(self.state, state_BSE)
 
     def loop(self) -> str | None:
         """Trains until the last update, or until a request to stop: its reason is returned, a checkpoint written.
@@ -75,63 +71,47 @@ class Trainer:
         Raises TrainingError after too many updates in a row that were not finite, and when the last checkpoint can't be
         written; SaveError when another one can't be, or the metrics, and `run.on_save_error` is "stop".
         """
-        state, updates, run = self.state, self.facts.train.updates, self.facts.run
-        self.reporter.start(state.update)
+        state, end, run = self.state, self.updates.end, self.facts.run
+        self.reporter.start(state.update, self.updates.last_update)
         reason = None
         if state.evaluation_due or (state.update == 0 and run.eval_every):
             self._evaluate()
             self.reporter.restart()
-        while state.update < updates and reason is None:
-            started, waited = time.perf_counter(), self.data.windows.wait_seconds
-            window = self.data.windows.next_window()
-            lr = learning_rate(state.update, self.facts.optim, updates)
-            result = self._update(window, lr)
-            elapsed = time.perf_counter() - started
-            self._report(result, lr, elapsed, self.data.windows.wait_seconds - waited)
-            if self._due(run.eval_every) or state.update == updates:
+        while state.tokens < end and reason is None:
+            before = state.update
+            self._train_window()
+            if self._due(run.eval_every, before) or state.tokens >= end:
                 self._evaluate()
-            if self._due(run.sample_every) and not state.evaluation_due:
+            if self._due(run.sample_every, before) and not state.evaluation_due:
                 self.reporter.say(f"sample after {state.update} updates: {self._sample()!r}")
-            reason = self._save_and_check_stop()
+            reason = self._save_and_check_stop(before)
         self._save_at_the_end()
         self.reporter.close()
-        return None if state.update >= updates and not state.evaluation_due else reason
+        return None if state.tokens >= end and not state.evaluation_due else reason
 
-    def _update(self, window: Window, lr: float) -> UpdateResult:
-        """One window through the engine; afterwards the lanes' states and the counters stand at its edge."""
-        counted = float(self.facts.lanes * self.facts.window)
-        if window.loss_weights is not None:
-            here = torch.tensor(window.counted, dtype=torch.float64, device=self._world.device)
-            counted = self._world.sum(here).item()
-        groups = window.to(self._world.device).split_lanes(self.facts.train.lane_groups)
-        result, self._lane_states = self.engine.update(list(zip(groups, self._lane_states, strict=True)), lr, counted)
-        state = self.state
-        state.update += 1
-        if result.applied:
-            state.adam_steps += 1
-            state.bad_in_row = 0
-        else:
-            state.skipped += 1
-            state.bad_in_row += 1
-            # A state that is not finite would spoil its lane until the next document: it starts anew from zero.
-            self._lane_states = [
-                torch.where(torch.isfinite(s).all(-1, keepdim=True), s, 0.0) for s in self._lane_states
-            ]
-        state.loss = result.loss if result.loss is not None and math.isfinite(result.loss) else None
-        progress_made(f"update {state.update}")
-        return result
+    def _train_window(self) -> None:
+        """The next window and its updates; afterwards the lanes' states and the counters stand at its edge."""
+        started, waited = time.perf_counter(), self.data.windows.wait_seconds
+        window = self.data.windows.next_window()
+        waited = self.data.windows.wait_seconds - waited
+        for update in self.updates.train(window, self.state):
+            now = time.perf_counter()
+            self._report(update, now - started, waited)
+            started, waited = now, 0.0
 
-    def _report(self, result: UpdateResult, lr: float, elapsed: float, waited: float) -> None:
-        state = self.state
+    def _report(self, update: Update, elapsed: float, waited: float) -> None:
+        state, result = self.state, update.result
         line: Metrics = {
             "update": state.update,
-            "tokens": self.facts.tokens(state.update),
+            "tokens": state.tokens,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
-            "lr": lr,
-            "tokens_per_second": self.facts.tokens(1) / elapsed,
+            "lr": update.lr,
+            "tokens_per_second": update.tokens / elapsed,
             "wait_fraction": waited / elapsed,
         }
+        if result.part_norm is not None:
+            line["noise_scale"] = state.noise.tokens
         if not result.applied:
             line["skipped"] = True
             self.reporter.say(f"update {state.update} skipped: loss or gradient is not finite ({state.skipped} so far)")
@@ -179,16 +159,16 @@ class Trainer:
         """The same on all ranks: whether none of them has heard a request to stop."""
         return not self._world.max(float(self.stop.pending()))[0]
 
-    def _save_and_check_stop(self) -> str | None:
-        """The end of an update: saves when due, completes a save in flight, and agrees on requests to stop.
+    def _save_and_check_stop(self, before: int) -> str | None:
+        """The end of a window that began after `before` updates: saves, completes a save, agrees on requests to stop.
 
         In this order, because each step is an exchange that all ranks must reach. A due save begins first, so that a
-        stop in the same update finds it begun and saves nothing twice. Then the ranks agree, in one message, on whether
+        stop in the same window finds it begun and saves nothing twice. Then the ranks agree, in one message, on whether
         one of them was asked to stop and whether one still writes: a save is completed by all at the same update, as
         late as the slowest disk needs, and nobody waits for it. Who is the first to know a reason differs by rank, so
         it is asked for only when there is one.
         """
-        self._save_due |= self._due(self.facts.run.save_every)
+        self._save_due |= self._due(self.facts.run.save_every, before)
         # Not amid updates that were skipped: it would push out the checkpoints from before them.
         if self._save_due and not self.state.bad_in_row:
             self._save_due = False
@@ -202,7 +182,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.checkpointer.finish()
-        self.checkpointer.begin(self.state, torch.cat(self._lane_states))
+        self.checkpointer.begin(self.state, self.updates.state_BSE)
 
     def _save_at_the_end(self) -> None:
         self.checkpointer.finish()
@@ -215,9 +195,6 @@ class Trainer:
                     f" {self.checkpointer.last_good()}"
                 )
 
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.state.update % every == 0
-
-    def _set_lane_states(self, state_BSE: torch.Tensor) -> None:
-        state_BSE = state_BSE.to(self._world.device, self.engine.dtype)
-        self._lane_states = list(state_BSE.chunk(self.facts.train.lane_groups))
+    def _due(self, every: int, before: int) -> bool:
+        """Whether a multiple of `every` is among the updates of the last window, which began after `before`."""
+        return every > 0 and self.state.update // every > before // every
