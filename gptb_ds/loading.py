@@ -1,39 +1,47 @@
-"""The way out of a run: a model and its tokenizer from a run, a checkpoint or an exported folder."""
+"""A model and its tokenizer from a run, a checkpoint or an exported folder; never a model that is only half there."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedTokenizerBase
 
-from gptb_ds.checkpoint.format import checkpoint_folders, newest_good, verify
+from gptb_ds.checkpoint.format import checkpoint_folders, has_manifest, newest_good, verify
 from gptb_ds.checkpoint.reader import CheckpointReader
 from gptb_ds.config import Config
+from gptb_ds.data.tokenization import load_folder, vocab_size
 from gptb_ds.distributed.world import World
-from gptb_ds.model.configuration import INHERITED, GPTBConfig
+from gptb_ds.model.configuration import GPTBConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
+
+# Types of a safetensors file that weights may have; all become float32.
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load_any(path: str) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
     """Model (float32, eval mode) and tokenizer of a run (its newest good checkpoint), a checkpoint or an export.
 
-    Raises ValueError saying what the folder lacks.
+    Raises ValueError saying what the folder lacks, or what other model it holds. transformers would fill what is
+    missing with random numbers and go on; so all names and shapes are compared before.
     """
     folder = Path(path)
-    if (folder / "config.json").is_file():
-        model = GPTBLMHeadModel.from_pretrained(folder, use_safetensors=True)
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
+    if has_manifest(folder):
+        verify(folder)
+        return _load_checkpoint(folder)
     if checkpoint_folders(folder):
         good, passed_over = newest_good(folder, World())
         if good is None:
             raise ValueError("\n".join([f"{folder}: no checkpoint verifies", *passed_over.values()]))
         return _load_checkpoint(good)
-    if (folder / "manifest.json").is_file():
-        verify(folder)
-        return _load_checkpoint(folder)
+    if next(folder.glob("lanes-*.safetensors"), None):
+        raise ValueError(f"{folder}: a checkpoint without its manifest.json; the save was not completed")
+    if (folder / "config.json").is_file():
+        return _load_export(folder)
     raise ValueError(
         f"{path}: no run with checkpoints, no checkpoint and no exported folder (config.json);"
         " train first, or check the path"
@@ -65,22 +73,94 @@ def model_configuration(
 
 
 def _load_checkpoint(folder: Path) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
-    run = folder.parent.parent
-    try:
-        config = Config.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{run / 'config.yaml'}: the run's configuration cannot be read: {error}") from None
     reader = CheckpointReader(folder)
-    identity = reader.manifest.identity
-    try:
-        inherited = {key: identity[key] for key in INHERITED}
-        shape = model_configuration(config, identity["vocab_size"], identity["eot_id"], inherited)
-    except KeyError as error:
-        raise ValueError(f"{folder}: the manifest's identity lacks {error}") from None
-    model = GPTBLMHeadModel(shape)
+    model = GPTBLMHeadModel(_read_configuration(folder))
     parameters = dict(model.named_parameters())
     reader.check_model({name: tuple(p.shape) for name, p in parameters.items()})
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(reader.fetch("weight", name))
-    return model.eval(), AutoTokenizer.from_pretrained(run / "tokenizer", local_files_only=True)
+    return model.eval(), _read_tokenizer(folder / "tokenizer", model.config)
+
+
+def _load_export(folder: Path) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
+    config = _read_configuration(folder)
+    _check_weights(folder, config)
+    tokenizer = _read_tokenizer(folder, config)
+    model = GPTBLMHeadModel.from_pretrained(
+        folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    return model.eval(), tokenizer
+
+
+def _read_configuration(folder: Path) -> GPTBConfig:
+    """The configuration in a folder. Raises ValueError for another model's, or one that makes no model."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_bytes())
+        kind = values.get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read: {_one_line(error)}") from None
+    if kind != GPTBConfig.model_type:
+        remedy = "; --model.init_from starts the training of a GPTB from it" if kind == "gpt2" else ""
+        raise ValueError(f"{folder}: holds a model of type {kind!r}, this reads {GPTBConfig.model_type!r}{remedy}")
+    try:
+        return GPTBConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers has classes of its own for what its checks refuse
+        raise ValueError(f"{path}: makes no model: {_one_line(error)}") from None
+
+
+def _check_weights(folder: Path, config: GPTBConfig) -> None:
+    """Raises ValueError, in one line, unless the export's tensors are exactly those of the model."""
+    with torch.device("meta"):
+        model = GPTBLMHeadModel(config)
+    # A tied head is in the model twice, but a parameter once; the file may have it or not.
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing, prefix = {name for name, _ in model.named_parameters()}, f"{model.base_model_prefix}."
+    found = list(_tensors(folder))
+    if not any(name.startswith(prefix) for name, _, _ in found):  # of a GPTBModel, which has no head
+        found = [(prefix + name, shape, dtype) for name, shape, dtype in found]
+    for name, shape, dtype in found:
+        if name not in wanted:
+            raise ValueError(f"{folder}: has a tensor {name!r}, the model of its config.json has not")
+        if shape != wanted[name] or dtype not in _FLOATS:
+            raise ValueError(
+                f"{folder}: {name!r} is {dtype} {shape}, the model of its config.json needs F32 {wanted[name]}"
+            )
+        missing.discard(name)
+    if missing:
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise ValueError(f"{folder}: lacks the tensor {min(missing)!r}{more}; export the model again")
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and type of each tensor in the safetensors files of an export."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.is_file() else []
+        for name in names or ["model.safetensors"]:
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder}: lacks {name}; export the model again")
+            with safe_open(str(folder / name), "pt") as file:
+                for key in file.keys():
+                    piece = file.get_slice(key)
+                    yield key, tuple(piece.get_shape()), piece.get_dtype()
+    except (SafetensorError, OSError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder}: its weights cannot be read: {_one_line(error)}") from None
+
+
+def _read_tokenizer(folder: Path, config: GPTBConfig) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = load_folder(folder)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{folder}: its tokenizer cannot be read: {_one_line(error)}") from None
+    if vocab_size(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{folder}: its tokenizer has ids up to {vocab_size(tokenizer) - 1}, the model {config.vocab_size} rows;"
+            " they don't belong together"
+        )
+    return tokenizer
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

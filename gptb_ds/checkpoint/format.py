@@ -5,7 +5,11 @@ RUN/checkpoints/step-00001000/
     optimizer-*.safetensors  Adam moments: "exp_avg/NAME", "exp_avg_sq/NAME"
     lanes-*.safetensors      state (lanes, S-1, E), ordinal and offset (lanes,), by global lane range
     rng-*.safetensors        random state of a range of ranks, (ranks, bytes)
+    config.json, tokenizer/  the model's configuration and the tokenizer, as transformers saves them
+    manifest-copy.json       the same as manifest.json, which is read when that one is lost
     manifest.json            written last: no manifest, no checkpoint
+
+The folder is all that a model needs: copied elsewhere, it evaluates, generates and exports.
 """
 
 from __future__ import annotations
@@ -16,7 +20,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
@@ -26,9 +29,12 @@ from gptb_ds.atomic_files import sha256_of
 from gptb_ds.distributed.watchdog import progress_made
 from gptb_ds.distributed.world import World
 
-FORMAT = 2
+FORMAT = 3
+# Versions of this package that read an older format.
+_READ_BY = {1: "gptb-ds 0.1", 2: "gptb-ds 0.1"}
+MANIFEST, MANIFEST_COPY = "manifest.json", "manifest-copy.json"
 _FOLDER = re.compile(r"step-(\d{8,})")
-_FILE = re.compile(r"((model|optimizer)-[\w.-]+|(lanes|rng)-\d+-\d+)\.safetensors")
+_FILE = re.compile(r"((model|optimizer)-[\w.-]+|(lanes|rng)-\d+-\d+)\.safetensors|config\.json|tokenizer(/\w[\w.-]*)+")
 
 
 class CheckpointError(ValueError):
@@ -48,7 +54,7 @@ class FileFacts(TypedDict):
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Manifest:
-    """What a checkpoint holds. `identity` must equal the resuming run's; `setting` may differ and is logged.
+    """What a checkpoint holds. `identity` must equal the resuming run's; `settings` may differ and are logged.
 
     `progress` are the counters of the run by name (`TrainState` knows which), `scaler` is fp16's loss scale.
     """
@@ -60,8 +66,8 @@ class Manifest:
     zero_stage: int
     lanes: PositiveInt
     window: PositiveInt
-    identity: dict[str, Any]
-    setting: dict[str, Any]
+    identity: dict[str, object]
+    settings: dict[str, object]
     progress: dict[str, int | float | bool | None]
     versions: dict[str, str]
     files: dict[str, FileFacts] = field(default_factory=dict)
@@ -73,7 +79,7 @@ class Manifest:
         return json.dumps(body | {"checksum": _checksum(body)}, indent=1).encode()
 
 
-def _checksum(body: dict[str, Any]) -> str:
+def _checksum(body: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
@@ -90,32 +96,35 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
+def has_manifest(folder: Path) -> bool:
+    """Whether the folder is, or was, a complete checkpoint."""
+    return (folder / MANIFEST).exists() or (folder / MANIFEST_COPY).exists()
+
+
+def has_lost_its_manifest(folder: Path) -> bool:
+    """Whether files of every kind lie there and only the manifests are missing: too good to be overwritten.
+
+    An interrupted save looks like this for a moment only: the moments are written last, then the manifests.
+    """
+    kinds = ("model", "optimizer", "lanes", "rng")
+    return not has_manifest(folder) and all(any(folder.glob(f"{kind}-*.safetensors")) for kind in kinds)
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint whose files have the right sizes; their content is not read.
 
     Raises CheckpointError naming the folder and the reason; UnreadableError for another format, or no permission.
     """
-    try:
-        body = json.loads((folder / "manifest.json").read_bytes())
-        checksum = body.pop("checksum")
-        if checksum != _checksum(body):
-            raise CheckpointError(f"{folder}: manifest.json was altered")
-        if body.get("format") != FORMAT:
-            raise UnreadableError(f"{folder}: format {body.get('format')!r}, this version reads {FORMAT}")
-        manifest = Manifest(**body)
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no manifest.json, the save was not completed") from None
-    except PermissionError as error:
-        raise UnreadableError(f"{folder}: manifest.json cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise CheckpointError(f"{folder}: manifest.json cannot be read: {wrong}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{folder}: manifest.json cannot be read: {error!r}") from None
+    manifest = _parse(folder, MANIFEST if (folder / MANIFEST).exists() else MANIFEST_COPY)
     if (named := _FOLDER.fullmatch(folder.name)) and int(named[1]) != manifest.step:
         raise CheckpointError(f"{folder}: manifest.json is of update {manifest.step}")
+    # A window is read by one update, or by several that take a part of its lanes each.
+    windows, rest = divmod(manifest.tokens, manifest.lanes * manifest.window)
+    if rest or windows > manifest.step or (manifest.step and not windows):
+        raise CheckpointError(
+            f"{folder}: manifest.json says {manifest.tokens} tokens, which {manifest.step} updates can't have read in"
+            f" windows of {manifest.lanes} lanes x {manifest.window} columns"
+        )
     for name, entry in manifest.files.items():
         if not _FILE.fullmatch(name):
             raise CheckpointError(f"{folder}: the manifest names {name!r}, which is no file of a checkpoint")
@@ -127,6 +136,42 @@ def read_manifest(folder: Path) -> Manifest:
             what = "is missing" if size is None else f"has {size} bytes"
             raise CheckpointError(f"{folder}: {name} {what}, the manifest says {entry['bytes']}")
     return manifest
+
+
+def _parse(folder: Path, name: str) -> Manifest:
+    """The manifest in the file `name`, unaltered and of this format; `read_manifest` says what is raised."""
+    try:
+        body = json.loads((folder / name).read_bytes())
+        checksum = body.pop("checksum")
+        if checksum != _checksum(body):
+            raise CheckpointError(f"{folder}: {name} was altered")
+        if body.get("format") != FORMAT:
+            raise UnreadableError(f"{folder}: {_other_format(body)}")
+        return Manifest(**body)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no manifest.json, the save was not completed") from None
+    except PermissionError as error:
+        raise UnreadableError(f"{folder}: {name} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise CheckpointError(f"{folder}: {name} cannot be read: {wrong}") from None
+    except CheckpointError:
+        raise
+    # RecursionError: what json raises for thousands of brackets. Not caught, it would end this rank alone.
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: {name} cannot be read: {error!r}") from None
+
+
+def _other_format(body: dict[str, object]) -> str:
+    found, versions = body.get("format"), body.get("versions")
+    reader = _READ_BY.get(found) if isinstance(found, int) else None
+    if reader is not None:
+        remedy = f"; {reader} reads it"
+    elif isinstance(versions, dict) and "gptb-ds" in versions:
+        remedy = f"; it was written by gptb-ds {versions['gptb-ds']}"
+    else:
+        remedy = ""
+    return f"format {found!r}, this version reads {FORMAT}{remedy}"
 
 
 def check_content(

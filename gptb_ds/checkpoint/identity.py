@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from gptb_ds.checkpoint.format import CheckpointError, Manifest
 
 
-def check_identity(manifest: Manifest, identity: dict[str, Any], folder: Path) -> None:
+def check_identity(manifest: Manifest, identity: dict[str, object], folder: Path) -> None:
     """Raises CheckpointError with one line for each thing that must be the same and is not, both values named."""
     lines = [
         f"{folder}: {key} was {manifest.identity.get(key)!r} when this was saved and is {value!r} now"
@@ -20,13 +19,13 @@ def check_identity(manifest: Manifest, identity: dict[str, Any], folder: Path) -
         raise CheckpointError("\n".join(lines))
 
 
-def changed_settings(manifest: Manifest, setting: dict[str, Any]) -> list[str]:
+def changed_settings(manifest: Manifest, settings: dict[str, object]) -> list[str]:
     """What may change and did, one phrase each."""
-    keys = sorted(manifest.setting.keys() | setting.keys())
+    keys = sorted(manifest.settings.keys() | settings.keys())
     return [
-        f"{key} {manifest.setting.get(key)!r} -> {setting.get(key)!r}"
+        f"{key} {manifest.settings.get(key)!r} -> {settings.get(key)!r}"
         for key in keys
-        if manifest.setting.get(key) != setting.get(key)
+        if manifest.settings.get(key) != settings.get(key)
     ]
 
 
@@ -35,7 +34,7 @@ def keeps_moments(manifest: Manifest, optimizer: str, resume_optimizer: str, fol
 
     Raises CheckpointError, one line, when they are another's and `resume_optimizer` is not "switch".
     """
-    before = manifest.setting.get("optim.name", "adamw")
+    before = manifest.settings.get("optim.name", "adamw")
     if before != optimizer and resume_optimizer != "switch":
         raise CheckpointError(
             f"{folder}: optim.name was {before!r} when this was saved and is {optimizer!r} now; set it back, or start"

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from gptb_ds.checkpoint.format import CheckpointError, read_manifest
+
+
+class _Slice(Protocol):
+    """A tensor of a safetensors file, of which only the asked part is read. The library's own stubs have no types."""
+
+    def get_shape(self) -> list[int]: ...
+    def get_dtype(self) -> str: ...
+    def __getitem__(self, index: int | slice) -> torch.Tensor: ...
+
+
+class _File(Protocol):
+    """An open safetensors file."""
+
+    def keys(self) -> list[str]: ...
+    def get_tensor(self, name: str) -> torch.Tensor: ...
+    def get_slice(self, name: str) -> _Slice: ...
 
 
 class CheckpointReader:
@@ -20,7 +36,7 @@ class CheckpointReader:
         self.folder = folder
         self.manifest = read_manifest(folder)
         self._where: dict[tuple[str, str], str] = {}
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, _File] = {}
         self._lane_files: list[tuple[int, int, str]] = []
         for name in self.manifest.files:
             kind = name.split("-")[0]
@@ -107,20 +123,20 @@ class CheckpointReader:
                     return {key: piece[rank - start] for key, piece in pieces.items()}
         raise CheckpointError(f"{self.folder}: no random state of rank {rank}")
 
-    def _piece(self, name: str, key: str) -> Any:
+    def _piece(self, name: str, key: str) -> _Slice:
         if key not in self._file(name).keys():
             raise CheckpointError(f"{self.folder}: {name} lacks the tensor {key!r}")
         return self._file(name).get_slice(key)
 
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> _File:
         if name not in self._open:
             try:
-                self._open[name] = safe_open(str(self.folder / name), "pt")
+                self._open[name] = cast("_File", safe_open(str(self.folder / name), "pt"))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{self.folder}: {name} is not a safetensors file: {error}") from None
         return self._open[name]
 
-    def _slice(self, kind: str, key: str) -> Any:
+    def _slice(self, kind: str, key: str) -> _Slice:
         return self._file(self._where[kind, key]).get_slice(key)
 
     def _shape(self, kind: str, key: str) -> tuple[int, ...]:

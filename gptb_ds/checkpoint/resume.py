@@ -6,7 +6,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from gptb_ds.checkpoint.format import checkpoint_folders, newest_good, verify_together
+from gptb_ds.checkpoint.format import (
+    checkpoint_folders,
+    has_lost_its_manifest,
+    has_manifest,
+    newest_good,
+    verify_together,
+)
 from gptb_ds.config import ConfigError
 from gptb_ds.distributed.slurm import slurm_continues
 from gptb_ds.distributed.world import World
@@ -32,15 +38,24 @@ def choose_checkpoint(
         for line in passed_over.values():
             say(f"passed over {line}")
         # A save that was interrupted leaves nothing of worth; what once was a checkpoint is kept, out of the way.
-        damaged = [folder for folder in passed_over if (folder / "manifest.json").exists()]
+        damaged = world.on_rank0(_worth_keeping, list(passed_over))
         return found, damaged if found or not damaged else everything
     found = Path(resume)
-    world.on_rank0(_must_exist, found)
+    world.on_rank0(_must_be_a_checkpoint, found)
     step = verify_together(found, world).step
     own = world.broadcast(found.resolve().parent.parent == run.resolve())
     return found, [p for p in folders if int(p.name.split("-")[1]) > step] if own else everything
 
 
-def _must_exist(checkpoint: Path) -> None:
-    if not checkpoint.is_dir():
-        raise ConfigError(f"run.resume {checkpoint}: no such folder; give auto, never or a checkpoint's folder")
+def _worth_keeping(folders: list[Path]) -> list[Path]:
+    return [folder for folder in folders if has_manifest(folder) or has_lost_its_manifest(folder)]
+
+
+def _must_be_a_checkpoint(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"run.resume {folder}: no such folder; give auto, never or a checkpoint's folder")
+    if own := checkpoint_folders(folder):
+        raise ConfigError(
+            f"run.resume {folder}: is a run, not one of its checkpoints; its newest is {own[0]}. With --run.dir"
+            f" {folder} auto takes the newest that is good"
+        )

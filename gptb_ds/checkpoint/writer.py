@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Concatenate, ParamSpec
 
 import torch
 from safetensors.torch import save_file
 
 from gptb_ds.atomic_files import replace_file, sha256_of, sync_folder, write_atomically
 from gptb_ds.checkpoint.format import (
+    MANIFEST,
+    MANIFEST_COPY,
     CheckpointError,
     FileFacts,
     Manifest,
@@ -23,6 +26,8 @@ from gptb_ds.checkpoint.format import (
     read_manifest,
 )
 from gptb_ds.distributed.world import World
+
+P = ParamSpec("P")
 
 # So many ranks write files; the others hand their lanes to one of them. A thousand ranks are not a thousand files.
 MAX_WRITERS = 32
@@ -51,8 +56,10 @@ class SaveError(OSError):
 class CheckpointWriter:
     """Writes one checkpoint at a time. Every rank calls each method at the same update's edge."""
 
-    def __init__(self, run: Path, world: World, keep: int) -> None:
+    def __init__(self, run: Path, world: World, keep: int, model_files: Mapping[str, bytes] | None = None) -> None:
+        """`model_files` (see `checkpoint.model_files`) go into every checkpoint; those of rank 0 count."""
         self._run, self._world, self._keep = run, world, keep
+        self._model_files = dict(model_files or {}) if world.rank == 0 else {}
         self._blocks = writer_blocks(world.size)
         self._block = next(block for block in self._blocks if world.rank in block)
         self._thread: threading.Thread | None = None
@@ -79,7 +86,7 @@ class CheckpointWriter:
         return self._manifest is not None
 
     @property
-    def written(self) -> bool:
+    def written_here(self) -> bool:
         """Whether this rank's files are on the disk (or have failed)."""
         return self._thread is None or not self._thread.is_alive()
 
@@ -97,7 +104,7 @@ class CheckpointWriter:
         """
         assert not self.busy, "finish the checkpoint before"
         folder = checkpoint_folder(self._run, manifest.step)
-        self._on_first(_clear, folder)
+        self._on_rank0(_clear, folder)
         leader, ranks = self._block[0], f"{self._block[0]:06d}-{self._block[-1] + 1:06d}"
         lanes = {k: v.flatten(0, 1) for k, v in self._world.gather_to(lanes, leader, self._block).items()}
         random_state = self._world.gather_to(random_state, leader, self._block)
@@ -133,17 +140,23 @@ class CheckpointWriter:
             self._world.on_rank0(lambda: shutil.rmtree(folder, ignore_errors=True))
             raise SaveError(f"checkpoint {folder} could not be written: {'; '.join(problems)}")
         files = {name: entry for _, entries in results for name, entry in entries.items()}
-        self._on_first(self._complete, folder, replace(manifest, files=files))
+        self._on_rank0(self._complete, folder, replace(manifest, files=files))
         return folder
 
-    def _on_first(self, function: Callable[..., None], folder: Path, *args: Any) -> None:
+    def _on_rank0(
+        self, function: Callable[Concatenate[Path, P], None], folder: Path, *args: P.args, **kwargs: P.kwargs
+    ) -> None:
         try:
-            self._world.on_rank0(function, folder, *args)
+            self._world.on_rank0(function, folder, *args, **kwargs)
         except OSError as error:
             raise SaveError(f"checkpoint {folder} could not be written: {error}") from None
 
     def _write(self, folder: Path, files: dict[str, dict[str, torch.Tensor]]) -> None:
         try:
+            for file, content in self._model_files.items():
+                (folder / file).parent.mkdir(exist_ok=True)
+                replace_file(folder / file, content)
+                self._entries[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             for name, tensors in files.items():
                 path = folder / f"{name}.safetensors"
                 with write_atomically(path) as temporary:
@@ -154,7 +167,8 @@ class CheckpointWriter:
             self._error = error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}")
 
     def _complete(self, folder: Path, manifest: Manifest) -> None:
-        replace_file(folder / "manifest.json", manifest.to_json())
+        for name in (MANIFEST_COPY, MANIFEST):
+            replace_file(folder / name, manifest.to_json())
         sync_folder(folder.parent)
         with suppress(OSError):  # the checkpoint is there; what can't be deleted now goes after the next one
             prune(self._run, self._keep)
@@ -175,8 +189,9 @@ def prune(run: Path, keep: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    # Without its manifest it is no checkpoint any more, whatever is interrupted next.
-    (folder / "manifest.json").unlink(missing_ok=True)
+    # Without its manifests it is no checkpoint any more, whatever is interrupted next.
+    for name in (MANIFEST, MANIFEST_COPY):
+        (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -5,7 +5,7 @@ Axes: B lanes of this rank, S slots, E embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,10 +26,18 @@ from gptb_ds.training.train_state import RunFacts, TrainState
 class Checkpointer:
     """Writes the run's checkpoints and returns to one. Every rank calls each method at the same update's edge."""
 
-    def __init__(self, facts: RunFacts, engine: Engine, windows: LaneCollator, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        facts: RunFacts,
+        engine: Engine,
+        windows: LaneCollator,
+        reporter: Reporter,
+        model_files: Mapping[str, bytes],
+    ) -> None:
+        """`model_files`: what makes a checkpoint a model on its own (see `checkpoint.model_files`)."""
         self._facts, self._engine, self._windows, self._reporter = facts, engine, windows, reporter
         self._world: World = engine.world
-        self._writer = CheckpointWriter(Path(facts.run.dir), self._world, facts.run.keep)
+        self._writer = CheckpointWriter(Path(facts.run.dir), self._world, facts.run.keep, model_files)
         self.saved: int | None = None  # the update of the newest complete checkpoint
 
     @property
@@ -40,7 +48,7 @@ class Checkpointer:
     @property
     def written_here(self) -> bool:
         """Whether this rank's files of the one in flight are on the disk (or have failed)."""
-        return self._writer.written
+        return self._writer.written_here
 
     def last_good(self) -> str:
         """What a run can go back to, for a message."""
@@ -64,7 +72,7 @@ class Checkpointer:
             lanes=self._facts.lanes,
             window=self._facts.window,
             identity=self._facts.identity,
-            setting=self._facts.settings,
+            settings=self._facts.settings,
             progress=state.saved(),
             scaler=self._engine.fp32_state.scaler_state(),
             versions={name: version(name) for name in ("torch", "deepspeed", "transformers", "gptb-ds")},

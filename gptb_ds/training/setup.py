@@ -13,6 +13,7 @@ import torch
 
 from gptb_ds.atomic_files import replace_file
 from gptb_ds.checkpoint.identity import changed_settings, check_identity
+from gptb_ds.checkpoint.model_files import model_files
 from gptb_ds.checkpoint.reader import CheckpointReader
 from gptb_ds.checkpoint.resume import choose_checkpoint
 from gptb_ds.checkpoint.writer import SaveError
@@ -166,7 +167,8 @@ def _build(config: Config, inputs: Inputs, world: World, reporter: Reporter, sto
     )
     if facts.train.compile:
         inputs.model.compile_step()
-    checkpointer = Checkpointer(facts, engine, inputs.data.windows, reporter)
+    files = model_files(inputs.model, inputs.data.tokenizer)
+    checkpointer = Checkpointer(facts, engine, inputs.data.windows, reporter, files)
     return Trainer(facts, inputs.data, engine, checkpointer, reporter, stop)
 
 

@@ -79,7 +79,7 @@ def main() -> None:
             lanes = {"state": state.clone(), "ordinal": torch.zeros(args.lanes), "offset": torch.zeros(args.lanes)}
             saver.begin(_manifest(round_ + 1, args), engine.fp32_state.export(lambda name: True), lanes, {})
             pause = time.perf_counter() - begun
-            if not saver.written:
+            if not saver.written_here:
                 times["update while writing"].append(timed(update))
             finish = timed(saver.finish)
             times["all of it"].append(time.perf_counter() - begun)
@@ -103,7 +103,9 @@ def timed(function) -> float:
 
 def _manifest(step: int, args: argparse.Namespace) -> Manifest:
     progress = {"adam_steps": step, "skipped": 0, "bad_in_row": 0, "evaluation_due": False}
-    return Manifest(step, 0, None, 1, args.stage, args.lanes, args.window, {}, {}, progress, {})
+    return Manifest(
+        step, step * args.lanes * args.window, None, 1, args.stage, args.lanes, args.window, {}, {}, progress, {}
+    )
 
 
 if __name__ == "__main__":

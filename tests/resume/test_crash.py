@@ -93,6 +93,7 @@ def _flip_in_manifest(folder: Path) -> str:
 
 def _no_manifest(folder: Path) -> str:
     (folder / "manifest.json").unlink()
+    (folder / "manifest-copy.json").unlink()
     return "no manifest.json"
 
 

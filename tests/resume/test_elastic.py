@@ -199,4 +199,4 @@ def test_a_named_checkpoint_goes_back_and_sets_newer_ones_aside(saved, store, tm
     assert losses(run)[8] == losses(straight)[8]
     assert losses(run)[UPDATES] != losses(straight)[UPDATES]
     manifest = json.loads((checkpoint_folder(run, UPDATES) / "manifest.json").read_text())
-    assert manifest["setting"]["optim.lr"] == 0.001
+    assert manifest["settings"]["optim.lr"] == 0.001

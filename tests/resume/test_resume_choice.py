@@ -50,6 +50,9 @@ def test_a_refused_start_moves_nothing(straight: Path, store: Path, tmp_path: Pa
         job = train(run, store, ranks=2, expect=2, **options)
         assert job.text(1).strip() == "" and "Traceback" not in job.text(0)
         assert files_of(run) == before
+    job = train(run, store, expect=2, run__resume=str(run))
+    assert f"run.resume {run}: is a run, not one of its checkpoints; its newest is" in job.text(0)
+    assert str(checkpoint_folder(run, 12)) in job.text(0)
     assert "run.resume atuo: no such folder" in train(run, store, expect=2, run__resume="atuo").text(0)
     job = train(run, store, expect=2, data__max_document_tokens=50)
     assert "data.max_document_tokens was None when this was saved and is 50 now" in job.text(0)
@@ -93,8 +96,28 @@ def test_checkpoints_that_only_a_newer_version_reads_are_no_damage(straight: Pat
         forged = Manifest(**{**read_manifest(folder).__dict__, "format": 9})
         (folder / "manifest.json").write_bytes(forged.to_json())
     before = files_of(run)
-    assert "format 9, this version reads 2" in train(run, store, ranks=2, expect=2).text(0)
+    assert "format 9, this version reads 3" in train(run, store, ranks=2, expect=2).text(0)
     assert files_of(run) == before
+
+
+def test_a_lost_manifest_does_not_cost_the_checkpoint(straight: Path, store: Path, tmp_path: Path):
+    run = rewind(straight, tmp_path / "run", 8)
+    (checkpoint_folder(run, 8) / "manifest.json").unlink()
+    job = train(run, store, ranks=2)
+    assert f"resuming from {checkpoint_folder(run, 8)}" in job.text(0) and "passed over" not in job.text(0)
+    assert metrics(run) == metrics(straight)
+
+
+def test_a_checkpoint_that_has_lost_both_manifests_is_not_overwritten(straight: Path, store: Path, tmp_path: Path):
+    run = rewind(straight, tmp_path / "run", 8)
+    lost = checkpoint_folder(run, 8)
+    for name in ("manifest.json", "manifest-copy.json"):
+        (lost / name).unlink()
+    before = files_of(lost)
+    job = train(run, store, ranks=2)
+    assert f"passed over {lost}" in job.text(0) and f"is now in {run / 'previous-001'}" in job.text(0)
+    assert files_of(run / "previous-001/checkpoints" / lost.name) == before
+    assert metrics(run) == metrics(straight)
 
 
 def test_when_no_checkpoint_is_good_all_are_kept_aside(straight: Path, store: Path, tmp_path: Path):

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from gptb_ds.atomic_files import sha256_of
 from gptb_ds.checkpoint.format import (
+    MANIFEST,
+    MANIFEST_COPY,
     CheckpointError,
     Manifest,
     UnreadableError,
@@ -32,18 +34,23 @@ from gptb_ds.distributed.world import World
 def manifest(step: int = 3, lanes: int = 4, **changes) -> Manifest:
     values = {
         "step": step,
-        "tokens": 10,
+        "tokens": step * lanes * 2,
         "loss": 1.5,
         "world_size": 1,
         "zero_stage": 1,
         "lanes": lanes,
         "window": 2,
         "identity": {"data": "x", "data.lanes": lanes},
-        "setting": {"optim.lr": 0.1, "world_size": 1},
+        "settings": {"optim.lr": 0.1, "world_size": 1},
         "progress": {"adam_steps": step, "skipped": 0, "bad_in_row": 0, "evaluation_due": False},
         "versions": {},
     }
     return Manifest(**values | changes)
+
+
+def lose_manifests(folder: Path) -> None:
+    for name in (MANIFEST, MANIFEST_COPY):
+        (folder / name).unlink()
 
 
 def save(run: Path, step: int = 3, lanes: int = 4) -> Path:
@@ -116,7 +123,7 @@ def test_listing_and_newest_good(tmp_path: Path):
 def test_pruning_counts_only_what_is_whole(tmp_path: Path):
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
-    (checkpoint_folder(tmp_path, 4) / "manifest.json").unlink()
+    lose_manifests(checkpoint_folder(tmp_path, 4))
     next(checkpoint_folder(tmp_path, 3).glob("lanes-*")).unlink()
     prune(tmp_path, keep=1)
     assert [p.name[-1] for p in checkpoint_folders(tmp_path)] == ["4", "3", "2"]
@@ -128,7 +135,7 @@ def test_the_verb_lists_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     save(tmp_path, 7)
     save(tmp_path, 8)
-    (checkpoint_folder(tmp_path, 8) / "manifest.json").unlink()
+    lose_manifests(checkpoint_folder(tmp_path, 8))
     assert main(["checkpoints", str(tmp_path)]) == 0
     out = capsys.readouterr().out.splitlines()
     assert "no manifest.json" in out[1] and out[2].split()[0] == "7" and out[2].endswith("yes")
@@ -168,8 +175,8 @@ def test_a_thousand_ranks_and_a_million_lanes_without_processes(tmp_path: Path):
                 return {}
             return {k: torch.stack([t + (r - leader) * per_rank for r in members]) for k, t in tensors.items()}
 
-        def on_rank0(self, function, *args):
-            return function(*args) if self.rank == 0 else None
+        def on_rank0(self, function, *args, **kwargs):
+            return function(*args, **kwargs) if self.rank == 0 else None
 
         def all_gather(self, value):
             gathered.append(value)
@@ -189,7 +196,7 @@ def test_a_thousand_ranks_and_a_million_lanes_without_processes(tmp_path: Path):
     for saver in [*savers[1:], savers[0]]:
         saver.finish()
     folder = checkpoint_folder(tmp_path, 5)
-    assert len(list(folder.iterdir())) == 4 * len(blocks) + 1
+    assert len(list(folder.iterdir())) == 4 * len(blocks) + 2
     reader = CheckpointReader(folder)
     for rank in (0, 1, 511, 767):
         first, last = rank * lanes // 768, (rank + 1) * lanes // 768
@@ -218,14 +225,19 @@ def forge_tensors(folder: Path, kind: str, **tensors: torch.Tensor | None) -> No
     [
         ({"step": -5}, "step: Input should be greater"),
         ({"step": 4}, "manifest.json is of update 4"),
-        ({"progress": {"adam_steps": "many"}}, "progress.adam_steps: Input should be a valid integer"),
-        ({"progress": {}}, "progress.adam_steps: Field required"),
+        ({"progress": {"adam_steps": "many"}}, "progress.adam_steps.int: Input should be a valid integer"),
+        ({"tokens": 25}, "says 25 tokens, which 3 updates can't have read in windows of 4 lanes x 2 columns"),
+        ({"tokens": 32}, "says 32 tokens, which 3 updates can't have read"),
+        ({"tokens": 0}, "says 0 tokens, which 3 updates can't have read"),
         ({"files": ["a"]}, "files: Input should be a valid dictionary"),
         ({"files": {"lanes-0-4.safetensors": 5}}, "files.lanes-0-4.safetensors"),
         ({"files": {"lanes-a-b.safetensors": {"bytes": 0, "sha256": ""}}}, "which is no file of a checkpoint"),
         ({"identity": []}, "identity: Input should be a valid dictionary"),
         ({"surprise": 1}, "surprise"),
-        ({"format": 9}, "format 9, this version reads 2"),
+        ({"format": 9}, "format 9, this version reads 3"),
+        ({"format": 9, "versions": {"gptb-ds": "7.1"}}, "it was written by gptb-ds 7.1"),
+        ({"format": 2}, "format 2, this version reads 3; gptb-ds 0.1 reads it"),
+        ({"files": {"tokenizer/../../../secret": {"bytes": 0, "sha256": ""}}}, "which is no file of a checkpoint"),
     ],
 )
 def test_a_forged_manifest_is_refused_in_one_line(tmp_path: Path, changes: dict, words: str):
@@ -234,6 +246,16 @@ def test_a_forged_manifest_is_refused_in_one_line(tmp_path: Path, changes: dict,
     with pytest.raises(CheckpointError) as caught:
         read_manifest(folder)
     assert words in str(caught.value) and "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_a_manifest_of_brackets_is_refused_in_one_line(tmp_path: Path):
+    """json raises RecursionError, which is neither a ValueError nor an OSError."""
+    folder = save(tmp_path)
+    (folder / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"manifest.json cannot be read: RecursionError"):
+        read_manifest(folder)
+    (folder / "manifest.json").write_text('{"a":' * 100_000)
+    assert newest_good(tmp_path, World())[0] is None
 
 
 def test_forged_lanes_and_random_states_are_refused(tmp_path: Path):

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"atomic_files", "config"},
     "distributed": {"exit_codes"},
     "checkpoint": {"atomic_files", "config", "distributed"},
-    "loading": {"checkpoint", "config", "distributed", "model"},
+    "loading": {"checkpoint", "config", "data", "distributed", "model"},
     "evaluation": {"config", "data", "distributed", "loading", "model"},
     "generation": {"data", "loading", "model"},
     "export": {"loading"},
