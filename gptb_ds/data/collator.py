@@ -67,7 +67,7 @@ class LaneCollator:
         self.wait_seconds = 0.0
         self._block, self._given = Block(self._own, np.zeros_like(self._own), []), 0
         self._cursor = Cursor(self._order, self._block.ordinal, self._block.offset, lanes)
-        text = f"{corpus.fingerprint}/{max_document_tokens}"
+        text = f"{corpus.fingerprint}/{max_document_tokens}" + ("/own epochs" if corpus.shares else "")
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def next_window(self) -> Window:

@@ -144,29 +144,40 @@ class Pieces:
 class ShuffledOrder:
     """The endless document sequence `D(j)`: each epoch a fresh keyed permutation of all pieces of all sources.
 
-    With `shares` (of the inputs, for each source) every source has epochs of its own and a block of picks holds
-    each source in proportion, in an order that is permuted block by block.
+    With `shares` (of the inputs, for each source) every source has epochs of its own: its n-th pick is piece
+    `n % count` of the permutation of its epoch `n // count`. Which source a pick falls to is a pattern of MIX_BLOCK
+    picks that holds each source in proportion; every block begins it at another place, so that a lane does not meet the
+    same source for ever. To know the n of a pick, the pattern's places are kept for each source: 512 KiB in all.
     """
 
     def __init__(self, sources: Sequence[Pieces], seed: int, shares: Sequence[float] | None = None) -> None:
         self._sources, self._seed = sources, seed
         self._firsts = np.cumsum([0] + [pieces.count for pieces in sources])
-        self._picks = None if shares is None else np.cumsum([0] + _picks(sources, shares))
+        self._pattern: Ints | None = None
+        if shares is not None:
+            edges = np.cumsum(_picks(sources, shares))
+            place = np.arange(MIX_BLOCK)
+            mixed = permute(place, MIX_BLOCK, _epoch_keys(seed, 0, np.zeros_like(place)))
+            self._pattern = np.searchsorted(edges, mixed, side="right")
+            self._places = [np.flatnonzero(self._pattern == s) for s in range(len(sources))]
 
     def __call__(self, ordinal: Ints) -> tuple[Ints, Ints, Ints]:
-        if self._picks is None:
+        if self._pattern is None:
             size = int(self._firsts[-1])
             epoch, index = np.divmod(ordinal, size)
             number = permute(index, size, _epoch_keys(self._seed, 0, epoch))
             return _split(self._sources, self._firsts, number)
         block, index = np.divmod(ordinal, MIX_BLOCK)
-        slot = permute(index, MIX_BLOCK, _epoch_keys(self._seed, 0, block))
-        source = np.searchsorted(self._picks, slot, side="right") - 1
-        number = block * (self._picks[source + 1] - self._picks[source]) + slot - self._picks[source]
+        begin = _below(np.uint64(MIX_BLOCK), _epoch_keys(self._seed, 0, block + 1)).astype(np.int64)
+        place = (begin + index) % MIX_BLOCK
+        source, number = self._pattern[place], np.empty_like(ordinal)
         for s, pieces in enumerate(self._sources):
             mine = np.flatnonzero(source == s)
             if mine.size:
-                epoch, index = np.divmod(number[mine], pieces.count)
+                places = self._places[s]
+                since = np.searchsorted(places, place[mine]) - np.searchsorted(places, begin[mine])
+                nth = block[mine] * len(places) + since % len(places)
+                epoch, index = np.divmod(nth, pieces.count)
                 number[mine] = permute(index, pieces.count, _epoch_keys(self._seed, s + 1, epoch)) + self._firsts[s]
         return _split(self._sources, self._firsts, number)
 

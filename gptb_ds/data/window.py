@@ -89,9 +89,28 @@ def fill_window(
     if finite or any(store.counted is not None for store in stores):
         counted_BK = np.zeros((lanes, window), dtype=np.uint8)
         _copy(counted_BK, [store.counted for store in stores], plan, ahead=1, exact=finite)
+        _weigh_cut_ends(counted_BK, corpus, plan)
         weights_KB = torch.empty((window, lanes), dtype=torch.float32, pin_memory=pin_memory)
         np.copyto(weights_KB.numpy(), counted_BK.T)
     return Window(columns_KB[:-1], columns_KB[1:], reset_KB[:-1], weights_KB)
+
+
+def _weigh_cut_ends(counted_BK: npt.NDArray[np.uint8], corpus: Corpus, plan: CopyPlan) -> None:
+    """The EOT that closes a cut piece counts as the piece's last token does.
+
+    What follows in the store is the flag of the token after the cut. It says nothing about this EOT: a piece that holds
+    a prompt only would train an EOT after it.
+    """
+    lanes, window = counted_BK.shape
+    ends_BK = np.zeros((lanes, window + 1), dtype=bool)
+    ends_BK[plan.reset_lane, plan.reset_column] = True
+    for part in (plan.first, plan.later):
+        column, after = part.column + part.count, part.start + part.count
+        for s, store in enumerate(corpus.stores):
+            mine = np.flatnonzero((part.source == s) & ends_BK[part.lane, column])
+            if store.counted is not None and mine.size:
+                cut = mine[store.tokens[after[mine]] != corpus.eot_id]
+                counted_BK[part.lane[cut], column[cut] - 1] = store.counted[after[cut] - 1]
 
 
 def _copy(

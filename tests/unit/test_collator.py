@@ -43,6 +43,8 @@ def reference_lane(corpus: Corpus, lane: int, lanes: int, seed: int, columns: in
         store = corpus.stores[source]
         tokens = [int(t) for t in store.tokens[start + 1 : start + length]]
         flags = [1] * length if store.counted is None else store.counted[start + 1 : start + length + 1].tolist()
+        if store.counted is not None and store.tokens[start + length] != EOT:  # cut: as its last token
+            flags[-1] = int(store.counted[start + length - 1])
         resets = [1] + [0] * len(tokens)
         stream += zip([EOT, *tokens], [*tokens, EOT], resets, flags, [j] * length, strict=True)
         if len(stream) >= columns:

@@ -87,3 +87,24 @@ def test_weights_are_positive_numbers(tmp_path: Path, weight: float) -> None:
     path = write_store(tmp_path, numbered_documents([3]))
     with pytest.raises(ValueError, match="give one number above 0 for each"):
         open_corpus([path, path], [weight, 1.0])
+
+
+def test_the_eot_of_a_cut_piece_counts_as_its_last_token(tmp_path: Path) -> None:
+    """Prompt 11 12 13 14, answer 21 22; cut after every two tokens: the pieces of the prompt train no EOT."""
+    corpus = open_corpus([write_store(tmp_path, [[11, 12, 13, 14, 21, 22]], counted=[[0, 0, 0, 0, 1, 1, 1]])])
+    window = LaneCollator(corpus, lanes=1, window=27, seed=0, max_document_tokens=2).next_window()
+    assert window.loss_weights is not None
+    weight_of = {
+        (inputs, target): weight
+        for inputs, target, weight in zip(
+            window.input_ids[:, 0].tolist(),
+            window.targets[:, 0].tolist(),
+            window.loss_weights[:, 0].tolist(),
+            strict=True,
+        )
+    }
+    assert weight_of == {
+        **{(1, 11): 0, (11, 12): 0, (12, 1): 0},
+        **{(1, 13): 0, (13, 14): 0, (14, 1): 0},
+        **{(1, 21): 1, (21, 22): 1, (22, 1): 1},
+    }

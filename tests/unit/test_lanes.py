@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptb_ds.data.lanes import MIX_BLOCK, NOTHING, Cursor, FixedOrder, Pieces, ShuffledOrder, permute, rank_lanes, runs
@@ -95,6 +95,40 @@ def test_weighted_mixture_gives_shares_of_inputs_and_epochs_to_each_store() -> N
         assert counts.max() - counts.min() <= 2
     early = np.bincount(source[:2000], minlength=3) / 2000
     assert np.allclose(early, first / MIX_BLOCK, atol=0.04)  # mixed from the start on
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    seed=st.integers(0, 2**63 - 1),
+    data=st.data(),
+)
+def test_every_store_of_a_weighted_mixture_has_its_own_epochs(sizes: list[int], seed: int, data: st.DataObject) -> None:
+    """Read in order, the picks of a store are its documents, each once, and again, in another order each time."""
+    shares = data.draw(st.lists(st.floats(0.05, 1), min_size=len(sizes), max_size=len(sizes)))
+    sources = [pieces_of([1 + n % 7 for n in range(size)]) for size in sizes]
+    order = ShuffledOrder(sources, seed, shares)
+    first = data.draw(st.sampled_from([0, MIX_BLOCK - 700]))
+    ordinals = np.arange(0, 2 * MIX_BLOCK)
+    source, start, _ = order(ordinals)
+    for s, size in enumerate(sizes):
+        picks = start[source == s]
+        whole = len(picks) // size
+        epochs = picks[: whole * size].reshape(whole, size)
+        assert np.array_equal(np.sort(epochs, axis=1), np.tile(np.sort(epochs[0]), (whole, 1)))
+        assert len(np.unique(epochs[0])) == size
+        if size > 20 and whole > 1:
+            assert (epochs[0] != epochs[1]).any()
+    some = np.arange(first, first + 1400)
+    assert all(np.array_equal(a, b[some]) for a, b in zip(order(some), order(ordinals), strict=True))
+
+
+def test_a_lane_of_a_weighted_mixture_meets_every_store() -> None:
+    """As many lanes as the pattern is long: if every block began it at one place, a lane would stay with a store."""
+    order = ShuffledOrder([pieces_of([1] * 9), pieces_of([1] * 5)], seed=1, shares=(0.5, 0.5))
+    for lane in (0, 77, MIX_BLOCK - 1):
+        sources = order(lane + MIX_BLOCK * np.arange(64))[0]
+        assert 15 < np.count_nonzero(sources == 0) < 49
 
 
 def test_a_tiny_weight_still_gets_a_pick() -> None:
