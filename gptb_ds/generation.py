@@ -1,197 +1,327 @@
-"""Generation: one token a step from a fixed-size state, and its text as it appears.
+"""Generation: transformers' `generate` over documents as the model was trained on them, and its text as it appears.
 
-Axes: T prompt tokens, V vocabulary, B = 1 lane.
+Axes: B prompts, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import BaseStreamer
 
 from gptb_ds.data import tokenization
 from gptb_ds.loading import load_any
-from gptb_ds.model import GPTBLMHeadModel
+from gptb_ds.model import GPTBCache
+from gptb_ds.text_stream import TextStream
 
-# Prompt tokens read in one call: what a long prompt needs of memory at once.
-PROMPT_CHUNK = 256
+__all__ = ["GenerateOptions", "Sampling", "TextStream", "generate", "generate_batch", "generate_texts"]
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Below this, dividing by the temperature only loses digits: the likeliest token is taken.
+_COLDEST = 1e-5
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Raises ValueError, a line for each number out of range.
+
+    `temperature` 0 takes the likeliest token; `top_k`, `top_p` and `min_p` draw among the likeliest;
+    `repetition_penalty` above 1 makes what was said less likely; `num_beams` above 1 searches; `seed` None =
+    unpredictable.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    num_beams: int = 1
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = [
+            (0 <= self.temperature < float("inf"), "temperature", "0 (the likeliest token) or more"),
+            (self.top_k is None or self.top_k >= 1, "top_k", "1 or more"),
+            (self.top_p is None or 0 < self.top_p <= 1, "top_p", "above 0, at most 1"),
+            (self.min_p is None or 0 <= self.min_p <= 1, "min_p", "from 0 to 1"),
+            (self.repetition_penalty is None or self.repetition_penalty > 0, "repetition_penalty", "above 0"),
+            (self.num_beams >= 1, "num_beams", "1 or more"),
+        ]
+        errors = [f"{name} is {getattr(self, name)}; expected {what}" for holds, name, what in checks if not holds]
+        if errors:
+            raise ValueError("\n".join(errors))
+
+    def configuration(self, max_new_tokens: int, eot_id: int | None) -> GenerationConfig:
+        """transformers' settings for this choice. Padding is masked, so any token can stand for it."""
+        sample = self.temperature >= _COLDEST
+        numbers: dict[str, Any] = {"repetition_penalty": self.repetition_penalty, "num_beams": self.num_beams}
+        if sample:
+            # top_k 0: GenerationConfig's own default is the 50 likeliest.
+            numbers |= {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p}
+            numbers |= {"min_p": self.min_p}
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=sample,
+            eos_token_id=eot_id,
+            pad_token_id=0 if eot_id is None else eot_id,
+            **{name: value for name, value in numbers.items() if value is not None},
+        )
 
 
 def generate(
-    model: GPTBLMHeadModel,
-    prompt_ids: list[int],
+    model: Any,
+    prompt_ids: Sequence[int],
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int | None = None,
     eot_id: int | None = None,
-) -> Iterator[int]:
-    """Yields the tokens that follow `prompt_ids`, one by one, until the end of text (not yielded) or the limit.
+) -> list[int]:
+    """The tokens that follow one prompt, without the end of text; see `generate_batch`."""
+    sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
+    return generate_batch(model, [prompt_ids], max_new_tokens, sampling, eot_id=eot_id)[0]
+
+
+def generate_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    eot_id: int | None = None,
+    cache: GPTBCache | None = None,
+    streamer: BaseStreamer | None = None,
+    stopping: Sequence[StoppingCriteria] = (),
+) -> list[list[int]]:
+    """The tokens that follow each prompt, until its end of text (not returned) or `max_new_tokens`.
 
     The model reads `eot_id` (default: the configuration's `eos_token_id`) and then the prompt, from its learned initial
-    state, as it reads a document in training. Time and memory for each token do not grow. `temperature` 0 takes the
-    likeliest token; `top_k` draws among the k likeliest. Draws come from a generator of this call's own, seeded with
-    `seed` (None = unpredictable), so no other random stream is disturbed; dropout is off while a token is computed.
+    state, as it reads a document in training; with a `cache` it reads the prompt alone and goes on from there. Prompts
+    of different length are padded on the left. Draws come from a random stream of this call's own, so no other one is
+    disturbed, and dropout is off meanwhile. With a `cache` and one prompt, the cache then stands for all of its text.
 
-    Raises ValueError at the call for numbers out of range, and when there is neither a prompt nor an end of text.
+    Raises ValueError for numbers out of range, and when there is nothing to read.
     """
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 0 or more")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; expected 0 (the likeliest token) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; expected 1 or more")
     eot_id = _end_of_text(model) if eot_id is None else eot_id
-    ids = [*([] if eot_id is None else [eot_id]), *prompt_ids]
-    if not ids:
-        raise ValueError("nothing to start from: the model names no end of text (eos_token_id) and the prompt is empty")
-    return _tokens(model, ids, max_new_tokens, temperature, top_k, seed, eot_id)
+    starts = cache is None or not cache.layer.moments
+    rows = [[*([eot_id] if starts and eot_id is not None else []), *prompt] for prompt in prompts]
+    if not all(rows):
+        raise ValueError(
+            "nothing to start from: the model names no end of text (eos_token_id) and the prompt is empty"
+            if starts
+            else "nothing to read: a state is continued with a prompt"
+        )
+    ids_BT, mask_BT = _padded(rows, model.device)
+    with _evaluating(model), _own_draws(sampling.seed, model.device):
+        if max_new_tokens == 0:
+            with torch.no_grad():
+                model(ids_BT, attention_mask=mask_BT, past_key_values=cache, logits_to_keep=1)
+            return [[] for _ in rows]
+        if cache is not None and cache.layer.seen:  # a longer mask says that the tokens are new
+            mask_BT = torch.cat((mask_BT.new_ones((len(rows), cache.layer.seen)), mask_BT), dim=1)
+        output_BT = model.generate(
+            ids_BT,
+            attention_mask=mask_BT,
+            past_key_values=cache,
+            generation_config=sampling.configuration(max_new_tokens, eot_id),
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList(stopping),
+        )
+        new_BT = output_BT[:, ids_BT.shape[1] :]
+        if cache is not None and len(rows) == 1 and int(new_BT[0, -1]) != eot_id:
+            with torch.no_grad():  # the last token was chosen, not read
+                model(new_BT[:, -1:], past_key_values=cache)
+    return [row[: row.index(eot_id)] if eot_id in row else row for row in new_BT.tolist()]
 
 
-def _tokens(
-    model: GPTBLMHeadModel,
-    ids: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int | None,
-    eot_id: int | None,
-) -> Iterator[int]:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    state = None
-    for start in range(0, len(ids) - 1, PROMPT_CHUNK):
-        _, state = _read(model, ids[start : min(start + PROMPT_CHUNK, len(ids) - 1)], state)
-    token = ids[-1]
-    for _ in range(max_new_tokens):
-        logits_V, state = _read(model, [token], state)
-        token = _draw(logits_V, temperature, top_k, generator)
-        if token == eot_id:
-            return
-        yield token
-
-
-def _end_of_text(model: GPTBLMHeadModel) -> int | None:
+def _end_of_text(model: Any) -> int | None:
     ids = model.config.eos_token_id
     return ids[0] if isinstance(ids, list) else ids
 
 
-def _read(model: GPTBLMHeadModel, ids: list[int], state_BSE: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (V) after the last of `ids`, on the CPU in float32, and the new state."""
-    with _evaluating(model), torch.no_grad():
-        tokens_BT = torch.tensor([ids], device=model.device)
-        hidden_BTE, state_BSE = model.transformer(tokens_BT, past_hidden_states=state_BSE)
-        logits_V = model.lm_head(hidden_BTE[:, -1])[0]
-    return logits_V.float().cpu(), state_BSE
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and mask, (B, T) both, padded on the left; what stands there is never read."""
+    longest = max(map(len, rows))
+    ids = [[0] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off, and afterwards as it was: a caller may train between two tokens."""
+    """Dropout off, and afterwards as it was."""
     training = model.training
-    if training:
-        model.eval()
+    model.eval()
     try:
         yield
     finally:
-        if training:
-            model.train()
+        model.train(training)
 
 
-def _draw(logits_V: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits_V.argmax())
-    # Subtracting the largest first keeps a tiny temperature from dividing to infinity.
-    logits_V = (logits_V - logits_V.max()) / temperature
-    if top_k is not None and top_k < len(logits_V):
-        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], -torch.inf)
-    return int(torch.multinomial(logits_V.softmax(-1), 1, generator=generator))
+@contextmanager
+def _own_draws(seed: int | None, device: torch.device) -> Iterator[None]:
+    """torch's random streams from `seed`, and afterwards as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if seed is None:
+            torch.seed()
+        else:
+            torch.manual_seed(seed)
+        yield
 
 
-class TextStream:
-    """Tokens in, text out as soon as it can no longer change: a character of several tokens is never torn.
+class StopAtText(StoppingCriteria):
+    """Ends a lane whose new text holds one of `texts`, whatever the tokenizer.
 
-    Holds a few tokens, however long the text grows. Works with every transformers tokenizer, whether it writes an
-    unfinished character as U+FFFD (byte-level BPE) or leaves it out (ByT5).
+    transformers' own stop strings (StopStringCriteria) are worked out from the text of each token alone, which the
+    byte tokenizer and byte fallback do not have.
     """
 
-    _HELD = 3  # an unfinished UTF-8 character has at most three bytes
-    _MOST = 32  # tokens kept when nothing but broken characters comes
+    def __init__(self, tokenizer: Any, texts: Sequence[str], prompt_tokens: int) -> None:
+        self._tokenizer, self._texts, self._begin = tokenizer, list(texts), prompt_tokens
+        # A character has at most four tokens.
+        self._window = 4 * max(map(len, texts)) + 32
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._printed = 0
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        newest = input_ids[:, self._begin :][:, -self._window :]
+        texts = [_text_after(self._tokenizer, [], row) for row in newest.tolist()]
+        stopped = [any(stop in text for stop in self._texts) for text in texts]
+        return torch.tensor(stopped, device=input_ids.device)
 
-    def push(self, token: int) -> str:
-        """The text that `token` completes, often empty."""
-        self._ids.append(token)
-        text = self._decode(self._ids)
-        unsure = min(len(text) - len(text.rstrip("\ufffd")), self._HELD)
-        new = text[self._printed : len(text) - unsure]
-        self._printed += len(new)
-        if new and not unsure:
-            # The last token stays as left context: some tokenizers write a space only between tokens.
-            self._keep(1, 0)
-        elif len(self._ids) > self._MOST:
-            self._keep(self._HELD, unsure)
-        return new
 
-    def end(self) -> str:
-        """What is left when no more tokens come."""
-        text = self._decode(self._ids)[self._printed :]
-        self._ids, self._printed = [], 0
-        return text
+class _Pieces(BaseStreamer):
+    """Hands on the text of one lane as it is generated. The first tokens that `generate` puts are the prompt's."""
 
-    def _keep(self, tokens: int, unsure: int) -> None:
-        self._ids = self._ids[-tokens:]
-        self._printed = max(0, len(self._decode(self._ids)) - unsure)
+    def __init__(self, stream: TextStream, say: Callable[[str], None]) -> None:
+        self._stream, self._say, self._in_prompt = stream, say, True
 
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def put(self, value: torch.Tensor) -> None:
+        if self._in_prompt:
+            self._in_prompt = False
+            return
+        for token in value.flatten().tolist():
+            self._say(self._stream.push(token))
+
+    def end(self) -> None:
+        self._say(self._stream.end())
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What `generate_text` writes: see `generate` for the numbers."""
+    """What `generate_texts` reads and writes; the numbers are those of `Sampling`."""
 
     model: str
-    prompt: str = ""
+    prompt: Sequence[str] = ("",)
+    prompt_file: str | None = None
     max_new_tokens: int = 200
     temperature: float = 1.0
     top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    num_beams: int = 1
+    stop: Sequence[str] = ()
     seed: int | None = None
+    state_in: str | None = None
+    state_out: str | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+
+    def prompts(self) -> list[str]:
+        """Those given, and each line of the file. Raises ValueError for a file that can't be read."""
+        given = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+        if self.prompt_file is None:
+            return given or [""]
+        try:
+            lines = Path(self.prompt_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompt-file {self.prompt_file}: cannot be read: {error}") from None
+        lines = [line for line in lines if line]
+        if not lines:
+            raise ValueError(f"--prompt-file {self.prompt_file}: holds no prompt; write one a line")
+        return [*(prompt for prompt in given if prompt), *lines]
+
+    def sampling(self) -> Sampling:
+        return Sampling(
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.repetition_penalty,
+            self.num_beams,
+            self.seed,
+        )
 
 
-def generate_text(options: GenerateOptions) -> Iterator[str]:
-    """The text that follows the prompt, in pieces as they are generated. Raises ValueError for what the user gave."""
+def generate_texts(options: GenerateOptions, say: Callable[[str], None] | None = None) -> list[str]:
+    """The text that follows each prompt. With one prompt and no beams, `say` gets it in pieces as it is generated.
+
+    Raises ValueError for what the user gave.
+    """
+    prompts, sampling = options.prompts(), options.sampling()
+    if options.state_out and (len(prompts) > 1 or options.num_beams > 1):
+        raise ValueError("--state-out: a state is saved of one prompt, without beams")
     model, tokenizer = load_any(options.model)
+    model.to(device=_device(options.device), dtype=PRECISIONS[options.precision])  # type: ignore[call-arg]
     try:
-        prompt_ids = tokenization.encode(tokenizer, [options.prompt])[0].tolist()
+        rows = [row.tolist() for row in tokenization.encode(tokenizer, prompts)]
     except UnicodeEncodeError:
         raise ValueError("--prompt is not valid Unicode; check the terminal's encoding (UTF-8)") from None
-    tokens = generate(
+    cache = _given_state(options, model, len(rows))
+    stream = TextStream(tokenizer)
+    streamed = say is not None and len(rows) == 1 and options.num_beams == 1
+    if streamed:
+        for token in rows[0]:
+            stream.push(token)  # left context: the reader has it already
+    prompt_tokens = max(map(len, rows)) + (0 if cache is not None and cache.layer.moments else 1)
+    tokens = generate_batch(
         model,
-        prompt_ids,
+        rows,
         options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.seed,
+        sampling,
         eot_id=tokenization.eot_id(tokenizer),
+        cache=cache,
+        streamer=_Pieces(stream, say) if streamed and say is not None else None,
+        stopping=[StopAtText(tokenizer, options.stop, prompt_tokens)] if options.stop else [],
     )
-    return _text(tokenizer, prompt_ids, tokens)
+    if options.state_out:
+        assert cache is not None
+        cache.save(options.state_out, model)
+    return [_text_after(tokenizer, row, new) for row, new in zip(rows, tokens, strict=True)]
 
 
-def _text(tokenizer: Any, prompt_ids: list[int], tokens: Iterator[int]) -> Iterator[str]:
+def _device(name: str) -> torch.device:
+    """Raises ValueError for a device that there is not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try cpu") from None
+    return device
+
+
+def _given_state(options: GenerateOptions, model: Any, lanes: int) -> GPTBCache | None:
+    """The cache to read into: that of `state_in`, once for each prompt, or a new one if the state is to be saved."""
+    if options.state_in is None:
+        return GPTBCache() if options.state_out else None
+    cache = GPTBCache.load(options.state_in, model)
+    if cache.layer.batch_size != 1:
+        raise ValueError(f"--state-in {options.state_in}: holds {cache.layer.batch_size} lanes; one is continued")
+    cache.batch_repeat_interleave(lanes * options.num_beams)
+    return cache
+
+
+def _text_after(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
     stream = TextStream(tokenizer)
     for token in prompt_ids:
-        stream.push(token)  # left context: the reader has it already
-    for token in tokens:
-        yield stream.push(token)
-    yield stream.end()
+        stream.push(token)
+    return "".join([*map(stream.push, new_ids), stream.end()])

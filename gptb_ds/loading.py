@@ -16,7 +16,7 @@ from gptb_ds.checkpoint.reader import CheckpointReader
 from gptb_ds.config import Config
 from gptb_ds.data.tokenization import load_folder, vocab_size
 from gptb_ds.distributed.world import World
-from gptb_ds.model.configuration import GPTBConfig
+from gptb_ds.model.configuration import UNLIMITED, GPTBConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
 
 # Types of a safetensors file that weights may have; all become float32.
@@ -53,9 +53,9 @@ def model_configuration(
 ) -> GPTBConfig:
     """The model that a run's configuration describes, over a store's vocabulary.
 
-    `inherited` is what a warm start took over (see `modeling.INHERITED`).
+    `inherited` is what a warm start took over (see `configuration.INHERITED`).
     """
-    model = config.model
+    model, rest = config.model, dict(inherited or {})
     return GPTBConfig(
         vocab_size=vocab_size,
         num_slots=model.num_slots,
@@ -68,7 +68,10 @@ def model_configuration(
         attn_pdrop=model.dropout,
         bos_token_id=eot_id,
         eos_token_id=eot_id,
-        **({"n_positions": model.num_slots} if inherited is None else inherited),
+        # Slots have positions, tokens have not: what other programs read as the longest text is no limit of ours.
+        slot_positions=rest.pop("n_positions", model.num_slots),
+        n_positions=UNLIMITED,
+        **rest,
     )
 
 

@@ -222,7 +222,14 @@ class RecurrentLM(nn.Module):
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        *args: Any,
+        # GenerationMixin looks for this name here before it lets embeddings in.
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         cache = kwargs.get("past_key_values")
         if (
             isinstance(cache, GPTBCache)
@@ -232,7 +239,9 @@ class RecurrentLM(nn.Module):
         ):
             # GenerationMixin._assisted_decoding leaves out the slicing that its _prefill does.
             kwargs["next_sequence_length"] = input_ids.shape[1] - cache.layer.seen
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
 
 
 class GPTBLMHeadModel(RecurrentLM, GPTBPreTrainedModel, GenerationMixin):  # type: ignore[misc]

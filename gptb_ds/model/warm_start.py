@@ -23,7 +23,7 @@ def warm_start(config: GPT2Config, path: str) -> GPTBLMHeadModel:
     if source.add_cross_attention:
         raise ValueError(f"the model at {path} has cross-attention, which GPTB has no use for; choose another")
     for key, value in inherited(source).items():
-        setattr(config, key, value)
+        setattr(config, "slot_positions" if key == "n_positions" and config.slot_positions else key, value)
     pairs = [(key, getattr(config, key), getattr(source, key)) for key in ("n_layer", "n_head", "n_embd", "vocab_size")]
     wrong = [f"{key} {ours} (there: {theirs})" for key, ours, theirs in pairs if ours != theirs]
     if wrong:

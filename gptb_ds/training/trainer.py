@@ -152,7 +152,7 @@ class Trainer:
         """A text from the model as it is. All ranks take part: at stage 3 no rank has the weights alone."""
         seed = derive_seed(self.facts.train.seed, "sample")
         with self.engine.evaluating():
-            tokens = list(generate(self.engine.model, [], self.facts.run.sample_tokens, seed=seed))
+            tokens = generate(self.engine.model, [], self.facts.run.sample_tokens, seed=seed)
         return str(self.data.tokenizer.decode([t for t in tokens if t != self.data.windows.corpus.eot_id]))
 
     def _no_stop_requested(self) -> bool:

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from gptb_ds import GPTBConfig, GPTBLMHeadModel, generation
+from gptb_ds import GPTBConfig, GPTBLMHeadModel
 from gptb_ds.cli import main
 from gptb_ds.data import tokenization
-from gptb_ds.generation import GenerateOptions, TextStream, generate, generate_text
+from gptb_ds.generation import GenerateOptions, Sampling, TextStream, generate, generate_batch, generate_texts
 from gptb_ds.loading import load_any
+from gptb_ds.model import GPTBCache, recurrence
 
 V, EOT = 29, 0
 
@@ -51,7 +52,7 @@ def test_greedy_tokens_are_the_argmax_of_one_long_window() -> None:
 def test_prompts_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     model, prompt = without_end(make()), [1 + i % (V - 1) for i in range(length)]
     whole = list(generate(model, prompt, 6, seed=1))
-    monkeypatch.setattr(generation, "PROMPT_CHUNK", 4)
+    monkeypatch.setattr(recurrence, "READ_CHUNK", 4)
     assert list(generate(model, prompt, 6, seed=1)) == whole
 
 
@@ -95,22 +96,23 @@ def test_top_1_is_greedy_and_temperature_sharpens() -> None:
 
 
 def test_draws_follow_the_distribution() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.tensor([generation._draw(logits, 0.5, 3, generator) for _ in range(4000)])
-    expected = torch.softmax(torch.tensor([0.0, 2.0, 4.0, -torch.inf]), -1)
-    assert (draws.bincount(minlength=4) / 4000 - expected).abs().max() < 0.03
+    """Over many lanes at once: the first token after the end of text, at temperature 0.5, among the three likeliest."""
+    model = without_end(make())
+    logits = model(torch.tensor([[EOT]])).logits[0, -1] / 0.5
+    logits[logits < logits.topk(3).values[-1]] = -torch.inf
+    sampling = Sampling(temperature=0.5, top_k=3, seed=0)
+    draws = torch.tensor(generate_batch(model, [[]] * 4000, 1, sampling)).flatten()
+    assert (draws.bincount(minlength=V) / 4000 - logits.softmax(-1)).abs().max() < 0.03
 
 
-def test_training_between_tokens_is_undisturbed() -> None:
+def test_a_model_in_training_samples_without_dropout_and_trains_on() -> None:
     model = without_end(make(dropout=0.5))
     expected = list(generate(model, [1], 8, seed=0))
     model.train()
-    tokens = []
-    for token in generate(model, [1], 8, seed=0):
-        assert model.training and model.transformer.h[0].attn.resid_dropout.training
-        tokens.append(token)
-    assert tokens == expected
+    before = torch.get_rng_state()
+    assert generate(model, [1], 8, seed=0) == expected
+    assert model.training and model.transformer.h[0].attn.resid_dropout.training
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_without_an_end_of_text() -> None:
     with pytest.raises(ValueError, match="nothing to start from"):
         generate(model, [], 3)
     assert len(list(generate(model, [4], 9, seed=0))) == 9
-    with pytest.raises(ValueError, match="tokens from 99 to 99"):
+    with pytest.raises(ValueError, match="tokens from 1 to 99"):
         list(generate(model, [99, 1], 3))
 
 
@@ -203,8 +205,83 @@ def test_the_verb_prints_prompt_and_text(folder: Path, capsys: pytest.CaptureFix
 
 def test_the_verb_refuses_what_is_no_model(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no exported folder"):
-        list(generate_text(GenerateOptions(str(tmp_path))))
+        list(generate_texts(GenerateOptions(str(tmp_path))))
     with pytest.raises(ValueError, match=r"temperature is -1\.0"):
-        list(generate_text(GenerateOptions(str(folder), temperature=-1.0)))
+        list(generate_texts(GenerateOptions(str(folder), temperature=-1.0)))
     with pytest.raises(ValueError, match="not valid Unicode"):
-        list(generate_text(GenerateOptions(str(folder), prompt="a\udcff")))
+        list(generate_texts(GenerateOptions(str(folder), prompt="a\udcff")))
+
+
+def verb(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["generate", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_verb_takes_several_prompts_and_a_file(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a longer second prompt\n\nthird\n")
+    greedy = ["--max-new-tokens", "20", "--temperature", "0"]
+    printed = verb(capsys, str(folder), "--prompt", "first", "--prompt-file", str(tmp_path / "prompts.txt"), *greedy)
+    alone = [verb(capsys, str(folder), "--prompt", text, *greedy) for text in
+             ("first", "a longer second prompt", "third")]  # fmt: skip
+    assert printed == "".join(f"--- {n} of 3\n{text}" for n, text in enumerate(alone, 1))
+    with pytest.raises(ValueError, match=r"--prompt-file .*cannot be read"):
+        generate_texts(GenerateOptions(str(folder), prompt_file=str(tmp_path / "none")))
+
+
+def test_the_verb_goes_on_from_a_saved_state(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reading in two goes, the state saved between them, is reading in one; what was generated is part of it."""
+    state, again = str(tmp_path / "state.safetensors"), str(tmp_path / "again.safetensors")
+    words = [str(folder), "--temperature", "0"]
+    whole = verb(capsys, *words, "--prompt", "one two three", "--max-new-tokens", "12")
+    verb(capsys, *words, "--prompt", "one two", "--max-new-tokens", "0", "--state-out", state)
+    rest = verb(
+        capsys, *words, "--prompt", " three", "--max-new-tokens", "12", "--state-in", state, "--state-out", again
+    )
+    assert "one two" + rest == whole
+    model, tokenizer = load_any(str(folder))
+    read = GPTBCache.load(again, model)
+    text = tokenization.encode(tokenizer, [whole.removesuffix("\n")])[0].tolist()
+    if tokenizer.decode(text) == whole.removesuffix("\n"):
+        ids = torch.tensor([[BYTES.eos_token_id, *tokenization.encode(tokenizer, ["one two three"])[0].tolist()]])
+        tokens = model.generate(ids, max_new_tokens=12, do_sample=False)
+        assert read.knows(tokens[:, : read.get_seq_length()])
+    several = verb(capsys, *words, "--prompt", " three", " four", "--max-new-tokens", "12", "--state-in", state)
+    assert several.startswith(f"--- 1 of 2\n{rest}")
+
+
+def test_the_verb_stops_at_a_text_and_searches_with_beams(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(folder), "--prompt", "dé", "--max-new-tokens", "60", "--seed", "3"]
+    free = verb(capsys, *words).removesuffix("\n")
+    stop = free[20:22]
+    stopped = verb(capsys, *words, "--stop", "not there", stop).removesuffix("\n")
+    assert stopped == free[: free.index(stop, 2) + len(stop)]
+    model, tokenizer = load_any(str(folder))
+    searched = verb(capsys, *words[:3], "--max-new-tokens", "20", "--temperature", "0", "--num-beams", "3")
+    ids = torch.tensor([[BYTES.eos_token_id, *tokenization.encode(tokenizer, ["dé"])[0].tolist()]])
+    tokens = model.generate(ids, max_new_tokens=20, num_beams=3, do_sample=False)
+    assert searched == tokenizer.decode(tokens[0], skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "cuda:7"}, "--device cuda:7: not usable here"),
+        ({"device": "abacus"}, "--device abacus: not usable here"),
+        ({"top_p": 0.0}, r"top_p is 0\.0"),
+        ({"min_p": 1.5}, r"min_p is 1\.5"),
+        ({"repetition_penalty": -1.0}, r"repetition_penalty is -1\.0"),
+        ({"num_beams": 0}, "num_beams is 0"),
+        ({"prompt": ["a", "b"], "state_out": "x"}, "--state-out: a state is saved of one prompt"),
+        ({"state_in": "nowhere"}, "nowhere: not a saved state"),
+    ],
+)
+def test_the_verb_refuses_what_does_not_hold_up(folder: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate_texts(GenerateOptions(str(folder), **arguments))
+
+
+def test_low_precision_generates(folder: Path) -> None:
+    texts = generate_texts(GenerateOptions(str(folder), prompt="dé", max_new_tokens=10, precision="bf16", device="cpu"))
+    assert len(texts) == 1 and texts[0]

@@ -24,7 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"atomic_files", "config", "distributed"},
     "loading": {"checkpoint", "config", "data", "distributed", "model"},
     "evaluation": {"config", "data", "distributed", "loading", "model"},
-    "generation": {"data", "loading", "model"},
+    "text_stream": set(),
+    "generation": {"data", "loading", "model", "text_stream"},
     "export": {"loading"},
     "training": {"atomic_files", "checkpoint", "config", "data", "distributed", "exit_codes", "model"}
     | {"evaluation", "generation", "loading"},
