@@ -23,7 +23,7 @@ ENDLESS = {"eos_token_id": None, "pad_token_id": 0}
 @pytest.fixture(scope="module")
 def model() -> GPTBLMHeadModel:
     # Most random models say the same token again and again; this one does not.
-    return small_gptb(seed=2, **ENDLESS, tie_word_embeddings=False, initializer_range=1.0)
+    return small_gptb(torch.float64, seed=2, **ENDLESS, tie_word_embeddings=False, initializer_range=1.0)
 
 
 @torch.no_grad()
@@ -148,7 +148,7 @@ def test_assisted_decoding_gives_the_same_tokens(model: GPTBLMHeadModel, kind: s
     how = {"prompt_lookup_num_tokens": 6} if kind == "prompt lookup" else {"assistant_model": assistants[kind]}
     calls: list[int] = []
     hook = model.transformer.register_forward_pre_hook(lambda _m, _args, kwargs: calls.append(1), with_kwargs=True)
-    for seed in range(3):
+    for seed in range(2):
         ids = random_ids(1, 6, seed=seed)
         expected = loop(model, ids[0], likeliest, new=60)
         calls.clear()
@@ -158,8 +158,9 @@ def test_assisted_decoding_gives_the_same_tokens(model: GPTBLMHeadModel, kind: s
     hook.remove()
 
 
+@pytest.mark.slow
 def test_speculative_sampling_draws_from_the_models_distribution() -> None:
-    """Of 1,500 first pairs of tokens, drawn with an assistant and without, the frequencies agree."""
+    """The frequencies of the first token, drawn with an assistant 300 times, are the model's own."""
     model, assistant = small_gptb(**ENDLESS), small_gptb(seed=2, **ENDLESS)
     ids = random_ids(1, 3)
     exact = model(ids).logits[0, -1].softmax(-1)
