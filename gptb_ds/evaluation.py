@@ -5,15 +5,19 @@ Axes: B lanes of this rank, K steps, S slots, E embedding.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from gptb_ds.config import below_one
 from gptb_ds.data.corpus import Corpus, open_corpus
 from gptb_ds.data.held_out import held_out_windows
+from gptb_ds.data.tasks import Ints, Task, TaskDocument, columns_of, longest_length, parse_task
 from gptb_ds.data.tokenization import fingerprint, tokenizer_name
 from gptb_ds.data.window import Window
 from gptb_ds.distributed.world import World
@@ -91,15 +95,20 @@ class EvaluateOptions:
     """What `evaluate` reads, and how: `lanes` documents side by side, in windows of `window` columns."""
 
     model: str
-    data: Sequence[str]
+    data: Sequence[str] = ()
     split: str = "validation"
     lanes: int = 64
     window: int = 64
     max_tokens: int | None = None
     max_document_tokens: int | None = None
+    task: str | None = None
+    max_length: int = 1000
 
     def __post_init__(self) -> None:
-        if errors := below_one(self, "lanes", "window", "max_tokens", "max_document_tokens"):
+        errors = below_one(self, "lanes", "window", "max_tokens", "max_document_tokens", "max_length")
+        if not self.data and not self.task:
+            errors.append("--data: required, a store made by gptb-ds prepare (or --task NAME)")
+        if errors:
             raise ValueError("\n".join(errors))
 
 
@@ -126,3 +135,86 @@ def evaluate(options: EvaluateOptions) -> dict[str, float | int | None]:
     if loss is None:
         raise ValueError(f"--data {' '.join(options.data)}: split '{options.split}' has no counted target")
     return metrics_of(loss, held_out.bytes_per_target) | {"targets": int(count)}
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """How far a model's answers are right on documents longer than those it was trained on.
+
+    `longest_90`, `longest_99`: see `longest_length`. `accuracy` by length, at 10, 20, 40, ..: of the answers at
+    the last tenth of the positions up to there.
+    """
+
+    task: str
+    max_length: int
+    documents: int
+    longest_90: int
+    longest_99: int
+    accuracy: dict[int, float]
+
+
+@torch.no_grad()
+def score_task(
+    model: Any, task: Task, max_length: int, *, documents: int = 64, window: int = 64, seed: int = 1 << 32
+) -> TaskScore:
+    """Scores a model (in eval mode) on fresh documents of `max_length`, read step by step with the state carried on.
+
+    A length is a position of an answer: for state tracking the inputs read so far, else the tokens. Copy and recall are
+    asked once a document: theirs is the distance, in documents of 10, 20, 40, .. up to `max_length` blanks. `seed` is
+    one that `prepare` does not use by itself, so that the documents are new.
+    """
+    rng = np.random.default_rng([seed, task.seed])
+    shares: dict[int, float] = {}
+    device = next(model.parameters()).device
+    if task.name in ("copy", "recall"):
+        for distance in _doublings(max_length):
+            asked = replace(task, distance=distance)
+            read = [asked.document(rng, task.length) for _ in range(documents)]
+            right, counted = _answers(model, read, window, device)
+            shares[distance] = float(right.sum() / counted.sum())
+        good, best = (_last_with(shares, share) for share in (0.9, 0.99))
+        return TaskScore(task.name, max_length, documents, good, best, shares)
+    right, counted = _answers(model, [task.document(rng, max_length) for _ in range(documents)], window, device)
+    right, counted = right[: max_length + 1], counted[: max_length + 1]
+    for length in _doublings(max_length):
+        last = slice(length - length // 10 + 1, length + 1)
+        if counted[last].sum():
+            shares[length] = float(right[last].sum() / counted[last].sum())
+    good, best = (longest_length(right, counted, share) for share in (0.9, 0.99))
+    return TaskScore(task.name, max_length, documents, good, best, shares)
+
+
+def _last_with(shares: dict[int, float], least: float) -> int:
+    """The last length up to which all have at least this share; 0: none has."""
+    return max(itertools.takewhile(lambda length: shares[length] >= least, shares), default=0)
+
+
+def _doublings(most: int) -> list[int]:
+    return [*itertools.takewhile(lambda n: n < most, (10 << k for k in itertools.count())), most]
+
+
+def _answers(model: Any, documents: list[TaskDocument], window: int, device: torch.device) -> tuple[Ints, Ints]:
+    """Right and asked answers at each position (T)."""
+    inputs_TB, targets_TB, counted_TB = columns_of(documents)
+    state_BSE = model.empty_state(len(documents))
+    right = np.zeros(len(inputs_TB), dtype=np.int64)
+    for first in range(0, len(inputs_TB), window):
+        tokens_KB = torch.from_numpy(inputs_TB[first : first + window]).to(device)
+        reset_KB = torch.zeros_like(tokens_KB, dtype=torch.bool)
+        reset_KB[0] = first == 0
+        hidden_KBE, state_BSE = model.transformer.unroll(tokens_KB, state_BSE, reset_KB)
+        answers_KB = model.logits_of(hidden_KBE).argmax(-1).cpu().numpy()
+        fits = (answers_KB == targets_TB[first : first + window]) & counted_TB[first : first + window]
+        right[first : first + window] = fits.sum(1)
+    return right, counted_TB.sum(1)
+
+
+def evaluate_task(options: EvaluateOptions) -> TaskScore:
+    """`score_task` of a run, a checkpoint or an exported folder. Raises ValueError when it is not of that task."""
+    assert options.task is not None
+    task = parse_task(options.task)
+    model, tokenizer = load_any(options.model)
+    if fingerprint(tokenizer) != fingerprint(task.tokenizer()):
+        raise ValueError(f"--task {options.task}: {options.model} was trained on something else: another tokenizer")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    return score_task(model, task, options.max_length, documents=options.lanes, window=options.window)

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH_OR_NAME",
         help="text, .jsonl, .csv, .parquet and .arrow files (gzip, zstd, bzip2, xz too), folders, globs, a saved or "
         "hub data set, "
-        "or stdlib: the Python standard library's own sources, without its tests",
+        "stdlib: the Python standard library's own sources, without its tests, or task:NAME: a generated task",
     )
     add("--tokenizer", default="bytes", help="bytes, bpe:SIZE (trained on the corpus), a store, a folder or a hub name")
     add("--out", metavar="DIR", help="folder of the new store")

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from gptb_ds.data import tokenization
 from gptb_ds.data.encoding import Encoded, Encoder, Fields, held_out_key, read_documents
 from gptb_ds.data.readers import Record, Records, Tally
 from gptb_ds.data.sources import shown
+from gptb_ds.data.tasks import Task
 from gptb_ds.data.writer import SplitWriters, write_manifest
 
 _KEYS = 1 << 63
@@ -93,6 +95,36 @@ def build(work: Path, records: Records, plan: Plan, facts: dict[str, Any], say: 
             "read_as": records.tally.kinds(),
             "splits": splits,
             "skipped": skipped,
+        },
+    )
+
+
+def build_task(work: Path, task: Task, holdout: float, facts: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Makes the store of a generated task in the empty folder `work` and returns its manifest, `facts` included."""
+    made = task.tokenizer()
+    vocab_size, eot, weighted = len(task.symbols), 0, not task.is_automaton
+    say(f"generating {task.count:,} documents of {task.min_length} to {task.length}")
+    _save_tokenizer(made, work / "tokenizer")
+    writers = SplitWriters(work, "uint16", eot, weighted, int(holdout * _KEYS), own_targets=task.is_automaton)
+    for document in task.documents():
+        tokens = document.tokens.astype(np.uint16).tobytes()
+        targets = None if document.targets is None else document.targets.astype(np.uint16).tobytes()
+        counted = None if document.counted is None else document.counted.tobytes()
+        writers.add(tokens, counted, 0, held_out_key(tokens), targets)
+    return write_manifest(
+        work,
+        {
+            **facts,
+            "tokenizer": f"task:{task.name} ({vocab_size} tokens)",
+            "tokenizer_fingerprint": tokenization.fingerprint(made),
+            "vocab_size": vocab_size,
+            "eot_id": eot,
+            "dtype": "uint16",
+            "weighted": weighted,
+            "own_targets": task.is_automaton,
+            "read_as": "a generated task",
+            "splits": writers.close(),
+            "skipped": {},
         },
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gptb_ds.data.corpus import Corpus
-from gptb_ds.data.lanes import Cursor, Ints, Pieces, ShuffledOrder, rank_lanes
+from gptb_ds.data.lanes import Cursor, Ints, ShuffledOrder, rank_lanes
 from gptb_ds.data.window import Window, fill_window
 
 _BLOCK_INPUTS = 1 << 20  # inputs of a block of windows (8 MiB), and
@@ -59,8 +59,7 @@ class LaneCollator:
         """`lanes` is L, of all ranks. Raises ValueError when the ranks don't divide it."""
         own = rank_lanes(lanes, rank, world_size)
         self.corpus, self.lanes, self.window, self.ahead = corpus, lanes, window, ahead
-        pieces = [Pieces(store.offsets, max_document_tokens) for store in corpus.stores]
-        self._order = ShuffledOrder(pieces, seed, corpus.shares)
+        self._order = ShuffledOrder(corpus.pieces(max_document_tokens), seed, corpus.shares)
         self._own = np.arange(own.start, own.stop)
         self._block_windows = min(max(1, _BLOCK_INPUTS // (window * len(own))), _BLOCK_WINDOWS)
         self._thread: _ReadAhead | None = None

@@ -39,6 +39,18 @@ class Corpus:
             parts = [store.fingerprint for store in stores] + [repr(self.shares)]
             self.fingerprint = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
 
+    def pieces(self, max_document_tokens: int | None) -> list[Pieces]:
+        """The documents of each store, cut where they are longer.
+
+        Raises ValueError for a task whose targets depend on all of the document: after a cut they would be wrong.
+        """
+        if max_document_tokens is not None and any(store.targets is not None for store in self.stores):
+            raise ValueError(
+                f"data.max_document_tokens {max_document_tokens}: the documents of a generated task can't be cut,"
+                " because their answers depend on all that was read; prepare it with a smaller length instead"
+            )
+        return [Pieces(store.offsets, max_document_tokens) for store in self.stores]
+
     def bytes_per_target(self, max_document_tokens: int | None = None) -> float | None:
         """Text bytes for each target (a piece's tokens and its EOT): nats per target become bits per byte by it.
 
@@ -46,7 +58,7 @@ class Corpus:
         """
         if not all(store.num_bytes for store in self.stores):
             return None
-        targets = [Pieces(store.offsets, max_document_tokens).inputs for store in self.stores]
+        targets = [pieces.inputs for pieces in self.pieces(max_document_tokens)]
         shares = self.shares or [count / sum(targets) for count in targets]
         return sum(
             share * store.num_bytes / count for share, store, count in zip(shares, self.stores, targets, strict=True)

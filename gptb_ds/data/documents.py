@@ -5,8 +5,10 @@
     STORE/{train,validation}/tokens.bin    EOT and tokens of each document, one after another, and one closing EOT
     STORE/{train,validation}/offsets.bin   int64 (N+1): where each document's EOT lies in tokens.bin
     STORE/{train,validation}/counted.bin   uint8 beside tokens.bin, only with loss weights: 1 = counts as a target
+    STORE/{train,validation}/targets.bin   ids beside tokens.bin, only of generated tasks: what each input's target is
 
-So the target of the input at position p is the token at p+1, for the last token of a document the next one's EOT.
+So the target of the input at position p is the token at p+1, for the last token of a document the next one's EOT; where
+there is a targets.bin, it is what stands there at p.
 Axes: N documents of a split.
 """
 
@@ -55,6 +57,9 @@ class DocumentStore:
         self.counted = None
         if manifest["weighted"]:
             self.counted = _map(path / split / "counted.bin", "uint8", scattered=True)
+        self.targets = None
+        if manifest.get("own_targets"):
+            self.targets = _map(path / split / "targets.bin", manifest["dtype"], scattered=True)
 
     def document(self, index: int) -> npt.NDArray[Any]:
         """The tokens (n,) of one document, without its EOT."""

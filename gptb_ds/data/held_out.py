@@ -40,7 +40,7 @@ def held_out_windows(
     they read EOT with weight 0. Raises ValueError when the ranks don't divide the lanes.
     """
     own = rank_lanes(lanes, rank, world_size)
-    sources = [Pieces(store.offsets, max_document_tokens) for store in corpus.stores]
+    sources = corpus.pieces(max_document_tokens)
     reading = share_out(choose(sources, max_tokens), lanes)
     # Lanes are numbered by their length, so that a rank's are dealt out to it, one of each `world_size` neighbours.
     ordinal = np.arange(len(own)) * world_size + rank

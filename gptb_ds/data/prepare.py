@@ -16,12 +16,13 @@ from filelock import FileLock
 
 from gptb_ds.config import below_one
 from gptb_ds.data import tokenization
-from gptb_ds.data.build import Plan, Say, build
+from gptb_ds.data.build import Plan, Say, build, build_task
 from gptb_ds.data.documents import FORMAT, SPLITS, read_store_manifest
 from gptb_ds.data.encoding import Fields
 from gptb_ds.data.formats import reason
 from gptb_ds.data.readers import Records
 from gptb_ds.data.sources import Reading, Source, find_sources, shown
+from gptb_ds.data.tasks import parse_task
 from gptb_ds.data.writer import replacing
 
 # The options that a store's content depends on.
@@ -118,6 +119,11 @@ def _make(
     work: Path,
     say: Say,
 ) -> dict[str, Any]:
+    facts = {"recipe": recipe, "sources": [shown(name) for name in options.source]}
+    if sources[0].kind == "task":
+        if options.tokenizer != "bytes":
+            raise ValueError(f"--tokenizer {options.tokenizer}: a generated task has its own; leave the option out")
+        return build_task(work, parse_task(sources[0].name), options.holdout, facts, say)
     plan = Plan(
         tokenizer=options.tokenizer,
         fields=_fields(options),
@@ -126,7 +132,6 @@ def _make(
         processes=options.num_proc,
     )
     records = Records(sources, reading, plan.fields.names(), work / "cache")
-    facts = {"recipe": recipe, "sources": [shown(name) for name in options.source]}
     return build(work, records, plan, facts, say)
 
 

@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
+from gptb_ds.data.tasks import parse_task
+
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _WILDCARDS = "*?["
 _FileId = tuple[int, int]  # device and inode
@@ -35,11 +37,12 @@ class Reading:
 class Source:
     """What one `--source` names: `files` that are read one by one, or a data set.
 
-    `kind`: "files"; "saved", a folder that `datasets` saved; "loaded", a hub name or a folder with the hub's layout.
+    `kind`: "files"; "task", a generated one; "saved", a folder that `datasets` saved; "loaded", a hub name or a folder
+    with the hub's layout.
     A data set's `files` are there only to notice when they change.
     """
 
-    kind: Literal["files", "saved", "loaded"]
+    kind: Literal["files", "saved", "loaded", "task"]
     name: str
     files: tuple[Path, ...] = ()
 
@@ -84,8 +87,10 @@ def find_sources(names: list[str], reading: Reading) -> Finding:
             continue
         if source.kind != "files" or source.files:
             found.sources.append(source)
-    if reading.of_data_sets and found.sources and all(source.kind == "files" for source in found.sources):
+    if reading.of_data_sets and found.sources and all(source.kind in ("files", "task") for source in found.sources):
         errors.append("--split, --name and --streaming are for data sets; files are read whole")
+    if len(found.sources) > 1 and any(source.kind == "task" for source in found.sources):
+        errors.append("--source task:NAME: has its own vocabulary; give it alone")
     if errors:
         raise ValueError("\n".join(errors))
     return found
@@ -95,6 +100,9 @@ def _find(name: str, reading: Reading, notes: list[str]) -> Source:
     path = Path(name).expanduser()
     if name == "stdlib":
         return _standard_library()
+    if name.startswith("task:"):
+        parse_task(name)
+        return Source("task", name)
     if path.is_file():
         return Source("files", name, (path,))
     if path.is_dir():
@@ -111,8 +119,6 @@ def _find(name: str, reading: Reading, notes: list[str]) -> Source:
         if not files:
             raise ValueError(f"--source {shown(name)}: no file matches")
         return Source("files", name, files)
-    if name.startswith("task:"):
-        raise ValueError(f"--source {name}: no such generated task")
     file_like = re.search(r"\.(txt|md|py|jsonl?|ndjson|csv|tsv|parquet|arrow|gz|zst|bz2|xz)$", name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not file_like:
         return Source("loaded", name)

@@ -85,6 +85,9 @@ def fill_window(
     columns_KB.copy_(torch.from_numpy(rows_BK).t().contiguous())
     reset_KB = torch.zeros((window + 1, lanes), dtype=torch.bool, pin_memory=pin_memory)
     reset_KB.numpy()[plan.reset_column, plan.reset_lane] = True
+    targets_KB = columns_KB[1:]
+    if any(store.targets is not None for store in stores):
+        targets_KB = _own_targets(targets_KB, corpus, plan)
     weights_KB = None
     if finite or any(store.counted is not None for store in stores):
         counted_BK = np.zeros((lanes, window), dtype=np.uint8)
@@ -92,7 +95,22 @@ def fill_window(
         _weigh_cut_ends(counted_BK, corpus, plan)
         weights_KB = torch.empty((window, lanes), dtype=torch.float32, pin_memory=pin_memory)
         np.copyto(weights_KB.numpy(), counted_BK.T)
-    return Window(columns_KB[:-1], columns_KB[1:], reset_KB[:-1], weights_KB)
+    return Window(columns_KB[:-1], targets_KB, reset_KB[:-1], weights_KB)
+
+
+def _own_targets(next_KB: torch.Tensor, corpus: Corpus, plan: CopyPlan) -> torch.Tensor:
+    """The targets (K, B): the next inputs, but what stands in the store where it has targets of its own."""
+    targets_BK = next_KB.t().clone(memory_format=torch.contiguous_format)
+    window = targets_BK.shape[1]
+    for part in (plan.first, plan.later):
+        for s, store in enumerate(corpus.stores):
+            if store.targets is not None:
+                mine = np.flatnonzero(part.source == s)
+                lane, column, start, count = part.lane[mine], part.column[mine], part.start[mine], part.count[mine]
+                target = runs(lane * window + column, count)
+                taken = store.targets[target + np.repeat(start - lane * window - column, count)]
+                targets_BK.numpy().reshape(-1)[target] = taken
+    return targets_BK.t().contiguous()
 
 
 def _weigh_cut_ends(counted_BK: npt.NDArray[np.uint8], corpus: Corpus, plan: CopyPlan) -> None:

@@ -20,24 +20,31 @@ from gptb_ds.data.documents import FORMAT, SPLITS, file_facts, manifest_checksum
 class SplitWriter:
     """Appends the documents of one split to its files."""
 
-    def __init__(self, folder: Path, dtype: str, eot: int, weighted: bool) -> None:
+    def __init__(self, folder: Path, dtype: str, eot: int, weighted: bool, own_targets: bool = False) -> None:
         folder.mkdir(parents=True)
         self.dtype = np.dtype(dtype)
         self._eot = np.array([eot], dtype=dtype).tobytes()
         self._tokens = (folder / "tokens.bin").open("wb")
         self._offsets = (folder / "offsets.bin").open("wb")
         self._counted = (folder / "counted.bin").open("wb") if weighted else None
+        self._targets = (folder / "targets.bin").open("wb") if own_targets else None
         self._closing = b"\0"  # whether the EOT that closes the document before counts
         self._length = 0
         self.documents = self.tokens = self.bytes = self.longest = self.counted = 0
         self.histogram: dict[int, int] = {}
 
-    def add(self, tokens: bytes, counted: bytes | None, size: int) -> None:
-        """One document: its n ids in the store's dtype, which targets count (n+1; None = all), bytes of text."""
+    def add(self, tokens: bytes, counted: bytes | None, size: int, targets: bytes | None = None) -> None:
+        """One document: its n ids in the store's dtype, which targets count (n+1; None = all), bytes of text.
+
+        `targets`: n+1 ids, where they are not the tokens that follow.
+        """
         count = len(tokens) // self.dtype.itemsize
         self._offsets.write(self._length.to_bytes(8, "little"))
         self._tokens.write(self._eot)
         self._tokens.write(tokens)
+        if self._targets is not None:
+            assert targets is not None and len(targets) == len(tokens) + len(self._eot)
+            self._targets.write(targets)
         if self._counted is not None:
             counted = b"\1" * (count + 1) if counted is None else counted
             assert len(counted) == count + 1
@@ -55,7 +62,9 @@ class SplitWriter:
         self._tokens.write(self._eot)
         if self._counted is not None:
             self._counted.write(self._closing)
-        for file in (self._tokens, self._offsets, self._counted):
+        if self._targets is not None:
+            self._targets.write(self._eot)
+        for file in (self._tokens, self._offsets, self._counted, self._targets):
             if file is not None:
                 _sync(file)
                 file.close()
@@ -78,20 +87,22 @@ class SplitWriters:
     That happens to corpora of few documents only, and spares all others a second copy of the corpus on the disk.
     """
 
-    def __init__(self, folder: Path, dtype: str, eot: int, weighted: bool, limit: int) -> None:
-        self._new = lambda path: SplitWriter(path, dtype, eot, weighted)
+    def __init__(
+        self, folder: Path, dtype: str, eot: int, weighted: bool, limit: int, own_targets: bool = False
+    ) -> None:
+        self._new = lambda path: SplitWriter(path, dtype, eot, weighted, own_targets)
         self._folder, self._limit = folder, limit
         self._train, self._held_out = (self._new(folder / split) for split in SPLITS)
         self._lowest, self._highest = _Extreme(), _Extreme()
 
-    def add(self, tokens: bytes, counted: bytes | None, size: int, key: int) -> None:
+    def add(self, tokens: bytes, counted: bytes | None, size: int, key: int, targets: bytes | None = None) -> None:
         """One document (see `SplitWriter.add`)."""
         if key < self._limit:
             self._highest.saw(-key, self._held_out.documents, size)
-            self._held_out.add(tokens, counted, size)
+            self._held_out.add(tokens, counted, size, targets)
         else:
             self._lowest.saw(key, self._train.documents, size)
-            self._train.add(tokens, counted, size)
+            self._train.add(tokens, counted, size, targets)
 
     def close(self) -> dict[str, dict[str, Any]]:
         """Ends the files, on disk, and returns what the manifest says of each split."""
@@ -111,8 +122,8 @@ class SplitWriters:
         writers = {split: self._new(self._folder / split) for split in SPLITS}
         sizes = dict(zip(moved.documents, moved.sizes, strict=True))
         total = self._train.bytes + self._held_out.bytes
-        for number, (tokens, counted) in enumerate(_documents_of(old, writers[full])):
-            writers[empty if number in sizes else full].add(tokens, counted, sizes.get(number, 0))
+        for number, (tokens, counted, targets) in enumerate(_documents_of(old, writers[full])):
+            writers[empty if number in sizes else full].add(tokens, counted, sizes.get(number, 0), targets)
         writers[full].bytes = total - writers[empty].bytes
         shutil.rmtree(old)
         return {split: writer.close() for split, writer in writers.items()}
@@ -136,14 +147,19 @@ class _Extreme:
             self.sizes.append(size)
 
 
-def _documents_of(folder: Path, writer: SplitWriter) -> Iterator[tuple[bytes, bytes | None]]:
-    """Tokens and counted targets of each document that a `SplitWriter` has written."""
+def _documents_of(folder: Path, writer: SplitWriter) -> Iterator[tuple[bytes, bytes | None, bytes | None]]:
+    """Tokens, counted targets and targets of its own of each document that a `SplitWriter` has written."""
     offsets = np.memmap(folder / "offsets.bin", np.int64, "r")
     tokens = np.memmap(folder / "tokens.bin", writer.dtype, "r")
-    file = folder / "counted.bin"
+    file, other = folder / "counted.bin", folder / "targets.bin"
     counted = np.memmap(file, np.uint8, "r") if file.exists() else None
+    targets = np.memmap(other, writer.dtype, "r") if other.exists() else None
     for start, end in itertools.pairwise(offsets.tolist()):
-        yield tokens[start + 1 : end].tobytes(), None if counted is None else counted[start + 1 : end + 1].tobytes()
+        yield (
+            tokens[start + 1 : end].tobytes(),
+            None if counted is None else counted[start + 1 : end + 1].tobytes(),
+            None if targets is None else targets[start:end].tobytes(),
+        )
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
