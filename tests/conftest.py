@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training_runs import write_corpus
+from tests.harness.training import write_corpus
 
 
 @pytest.fixture(scope="session")

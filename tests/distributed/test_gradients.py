@@ -14,7 +14,7 @@ from gptb_ds.distributed.world import World
 from gptb_ds.model.configuration import GPTBConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
-from tests.distributed.ranks import run_ranks
+from tests.harness.processes import run_ranks
 
 LANES, STEPS, UPDATES, VOCAB = 8, 7, 3, 31
 OPTIM = OptimConfig(lr=1e-2, warmup_updates=0, weight_decay=0.1, clip=0.5)

@@ -11,8 +11,8 @@ import torch
 from gptb_ds.config import OptimConfig
 from gptb_ds.distributed.world import World
 from gptb_ds.model.objective import WindowObjective
-from tests.distributed.ranks import run_ranks
 from tests.distributed.test_gradients import LANES, build, columns
+from tests.harness.processes import run_ranks
 
 UPDATES = 3
 OPTIM = OptimConfig(name="muon", lr=2e-2, weight_decay=0.1, clip=0.5, momentum=0.9, beta1=0.8, beta2=0.9, eps=1e-6)

@@ -7,7 +7,7 @@ import torch
 
 from gptb_ds.distributed.world import World
 from gptb_ds.training.muon import Matrix, MuonWithAdamW, Piece
-from tests.distributed.ranks import run_ranks
+from tests.harness.processes import run_ranks
 
 SHAPES = {"a": (6, 9), "b": (4, 4), "c": (5, 12), "d": (8, 3)}
 MATRICES = {"a": Matrix(3, 1), "b": Matrix(1, 1), "c": Matrix(1, 0), "d": Matrix(1, 1)}

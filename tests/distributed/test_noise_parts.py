@@ -8,8 +8,8 @@ import torch
 from gptb_ds.config import OptimConfig
 from gptb_ds.distributed.world import World
 from gptb_ds.model.objective import WindowObjective
-from tests.distributed.ranks import run_ranks
 from tests.distributed.test_gradients import LANES, STEPS, build, columns
+from tests.harness.processes import run_ranks
 
 
 def measure(world: World, stage: int, precision: str, groups: int) -> list[tuple[float, float, int]]:

@@ -14,7 +14,7 @@ from gptb_ds.checkpoint.format import checkpoint_folder
 from gptb_ds.checkpoint.reader import CheckpointReader
 from gptb_ds.cli import main
 from gptb_ds.loading import load_any
-from tests.training_runs import losses, metrics, rewind, train, write_corpus
+from tests.harness.training import losses, metrics, rewind, train, write_corpus
 
 pytestmark = pytest.mark.slow
 

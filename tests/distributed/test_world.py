@@ -10,7 +10,7 @@ import pytest
 from gptb_ds.checkpoint.format import CheckpointError, UnreadableError
 from gptb_ds.config import ConfigError
 from gptb_ds.distributed.world import World, _portable, is_shared
-from tests.distributed.ranks import run_ranks
+from tests.harness.processes import run_ranks
 
 
 class PickyError(ValueError):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.launched import TinyRun, finish
+
 from . import slurm_cluster, two_hosts
-from .runs import TinyRun, finish
 
 
 def require(missing: list[str], packages: str) -> None:

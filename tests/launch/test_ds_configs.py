@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from gptb_ds.training.deepspeed_policy import read_policy
-from tests.training_runs import losses, train
-
-from .runs import CHECKOUT
+from tests.harness.launched import CHECKOUT
+from tests.harness.training import losses, train
 
 POLICIES = sorted((CHECKOUT / "ds_configs").glob("*.json"))
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from .runs import LAUNCH, PATIENCE, TinyRun, alive, finish, started, wait_until
+from tests.harness.launched import LAUNCH, PATIENCE, TinyRun, alive, finish, started, wait_until
+
 from .two_hosts import TwoHosts
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .runs import LAUNCH, PATIENCE, TinyRun, alive, finish, started
+from tests.harness.launched import LAUNCH, PATIENCE, TinyRun, alive, finish, started
 
 pytestmark = pytest.mark.slow
 ONE_NODE = ["bash", str(LAUNCH / "one_node.sh")]

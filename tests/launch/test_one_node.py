@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.harness.launched import LAUNCH, PATIENCE, TinyRun, alive, finish, started
+
 from .conftest import require
-from .runs import LAUNCH, PATIENCE, TinyRun, alive, finish, started
 
 pytestmark = pytest.mark.slow
 ONE_NODE = ["bash", str(LAUNCH / "one_node.sh")]

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .runs import LAUNCH, TinyRun, environment, wait_until
+from tests.harness.launched import LAUNCH, TinyRun, environment, wait_until
+
 from .slurm_cluster import SlurmCluster
 
 pytestmark = pytest.mark.slow

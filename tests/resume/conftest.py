@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training_runs import train
+from tests.harness.training import train
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 
 from gptb_ds.checkpoint.format import checkpoint_folder, read_manifest
 from gptb_ds.checkpoint.reader import CheckpointReader
-from tests.training_runs import file_checksums, losses, metrics, rewind, train
+from tests.harness.training import file_checksums, losses, metrics, rewind, train
 
 # 8 lanes x 6 columns are 48 tokens: 3 windows of 4 updates, 3 of 2, 4 of one.
 WINDOWS = ["4:144", "2:288", "1"]

@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 
 from gptb_ds.checkpoint.format import CheckpointError, checkpoint_folder, checkpoint_folders, verify
-from tests.training_runs import file_checksums, flip_a_byte, losses, metrics, rewind, start, train
+from tests.harness import faults
+from tests.harness.training import file_checksums, losses, metrics, rewind, start, train
 
 KILLS = 30
+DAMAGES = [
+    *(faults.truncated, faults.flipped_byte, faults.flipped_in_manifest),
+    *(faults.no_manifest, faults.no_file, faults.garbage_manifest),
+]
 # Wide enough that writing a checkpoint takes a while: kills are to fall into it.
 BIG = {
     "ranks": 2,
@@ -42,7 +47,7 @@ def test_thirty_kills_change_nothing(store, tmp_path: Path):
             hit = _kill_somewhere(job, run, chooser, aim_at_save=kills % 3 != 0)
             if not job.text(0):
                 job.kill()  # before the ranks have met, only their launcher can know
-            codes = job.wait(timeout=60)
+            codes = job.wait()
             ended = 0 in codes  # else every rank was killed, or failed because the other was
             assert ended or -9 in codes, (codes, job.text())
             kills += hit is not None
@@ -74,41 +79,8 @@ def _kill_somewhere(job, run: Path, chooser: random.Random, aim_at_save: bool) -
     return None
 
 
-def _truncate(folder: Path) -> str:
-    file = next(folder.glob("optimizer-*"))
-    file.write_bytes(file.read_bytes()[:100])
-    return "has 100 bytes"
-
-
-def _flip(folder: Path) -> str:
-    flip_a_byte(folder)
-    return "was altered"
-
-
-def _flip_in_manifest(folder: Path) -> str:
-    file = folder / "manifest.json"
-    file.write_text(file.read_text().replace('"step": 12', '"step": 13'))
-    return "manifest.json was altered"
-
-
-def _no_manifest(folder: Path) -> str:
-    (folder / "manifest.json").unlink()
-    (folder / "manifest-copy.json").unlink()
-    return "no manifest.json"
-
-
-def _no_file(folder: Path) -> str:
-    next(folder.glob("lanes-*")).unlink()
-    return "is missing"
-
-
-def _garbage_manifest(folder: Path) -> str:
-    (folder / "manifest.json").write_bytes(b"\x80\x04not json")
-    return "cannot be read"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", [_truncate, _flip, _flip_in_manifest, _no_manifest, _no_file, _garbage_manifest])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over(damage, straight, store, tmp_path: Path):
     run = rewind(straight, tmp_path / "run", 12)
     reason = damage(checkpoint_folder(run, 12))
@@ -122,7 +94,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, straight, store, tmp_path: 
 @pytest.mark.slow
 def test_nothing_good_left_starts_fresh(straight, store, tmp_path: Path):
     run = rewind(straight, tmp_path / "run", 4)
-    _flip(checkpoint_folder(run, 4))
+    faults.flipped_byte(checkpoint_folder(run, 4))
     job = train(run, store, ranks=2)
     assert "was altered" in job.text(0)
     assert metrics(run) == metrics(straight)

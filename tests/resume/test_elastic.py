@@ -17,8 +17,8 @@ from gptb_ds.distributed.world import World
 from gptb_ds.model.configuration import GPTBConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
-from tests.distributed.ranks import run_ranks
-from tests.training_runs import losses, rewind, train
+from tests.harness.processes import run_ranks
+from tests.harness.training import losses, rewind, train
 
 SAVED_AT, UPDATES = 4, 24
 COMMON = {
@@ -175,7 +175,7 @@ def test_what_must_not_change_is_refused(saved, store, tmp_path: Path):
 @pytest.mark.slow
 def test_another_corpus_is_refused_and_never_starts_anew(saved, store, tmp_path: Path):
     from gptb_ds.cli import main
-    from tests.training_runs import write_corpus
+    from tests.harness.training import write_corpus
 
     other = tmp_path / "other"
     texts = write_corpus(tmp_path / "texts", seed=4)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
 
-import tests.training_runs
-from tests.training_runs import file_checksums, losses, metrics, rewind, start, train
+from tests.harness import faults
+from tests.harness.training import file_checksums, losses, metrics, rewind, start, train, wait_for_lines
 
 CASES = [
     pytest.param(stage, ranks, precision, groups, id=f"zero{stage}-{ranks}r-{precision}-{groups}g")
@@ -59,7 +58,7 @@ def test_stopped_twice_by_a_signal(store, tmp_path: Path):
     for number, rank in ((signal.SIGTERM, 1), (signal.SIGUSR2, 0)):
         job = start(run, store, **options)
         before = len(metrics(run)) if (run / "metrics.jsonl").exists() else 0
-        _wait_for_lines(run, before + 20)
+        wait_for_lines(run, before + 20, job)
         job.signal(number, rank)
         assert job.wait() == [85, 85], job.text()
         assert f"received {number.name}" in job.text(0)
@@ -68,13 +67,6 @@ def test_stopped_twice_by_a_signal(store, tmp_path: Path):
     assert file_checksums(run, 400) == file_checksums(tmp_path / "straight", 400)
     job = train(run, store, **options)
     assert "done: 400 updates" in job.text(0)
-
-
-def _wait_for_lines(run: Path, count: int, timeout: float = 60) -> None:
-    end = time.monotonic() + timeout
-    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < count:
-        assert time.monotonic() < end, "training did not get that far"
-        time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -88,34 +80,17 @@ def test_evaluation_and_samples_leave_training_undisturbed(stage, store, tmp_pat
     assert file_checksums(tmp_path / "busy", 8) == file_checksums(tmp_path / "quiet", 8)
 
 
-def _main_with_slow_evaluation(*args) -> None:
-    """Each window of an evaluation takes a while longer."""
-    import gptb_ds.evaluation as evaluation
-
-    windows = evaluation.held_out_windows
-
-    def slow(*call, **options):
-        for window in windows(*call, **options):
-            time.sleep(0.25)
-            yield window
-
-    evaluation.held_out_windows = slow
-    tests.training_runs._main(*args)
-
-
 @pytest.mark.slow
-def test_a_stop_inside_an_evaluation_is_heard_there(store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_stop_inside_an_evaluation_is_heard_there(store, tmp_path: Path):
     options = {"ranks": 2, "model__dropout": 0.1, "run__eval_tokens": 400}
     train(tmp_path / "straight", store, **options)
     assert '"eval_loss"' in metrics(tmp_path / "straight")[6]
     run = tmp_path / "stopped"
     for update, lines in ((5, 6), (12, 15)):
-        with monkeypatch.context() as patch:
-            patch.setattr(tests.training_runs, "main_of_a_rank", _main_with_slow_evaluation)
-            job = start(run, store, **options)
-            _wait_for_lines(run, lines)  # the evaluation after this update is under way
-            job.signal(signal.SIGTERM, 1)
-            assert job.wait() == [85, 85], job.text()
+        job = start(run, store, fault=faults.slow_evaluation, **options)
+        wait_for_lines(run, lines, job)  # the evaluation after this update is under way
+        job.signal(signal.SIGTERM, 1)
+        assert job.wait() == [85, 85], job.text()
         assert f"stopped after update {update}" in job.text(0)
         assert len(metrics(run)) == lines, "the evaluation was broken off"
     for _ in range(2):  # a finished run that is started again evaluates again, and says the same

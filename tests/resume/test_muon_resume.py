@@ -9,7 +9,7 @@ import torch
 
 from gptb_ds.checkpoint.format import checkpoint_folder
 from gptb_ds.checkpoint.reader import CheckpointReader
-from tests.training_runs import file_checksums, losses, metrics, rewind, train
+from tests.harness.training import file_checksums, losses, metrics, rewind, train
 
 MUON = {"optim__name": "muon", "run__eval_every": 0, "optim__lr": 5e-3}
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import json
 from pathlib import Path
 
 import pytest
 
-import tests.training_runs
 from gptb_ds.checkpoint.format import Manifest, checkpoint_folder, checkpoint_folders, read_manifest, verify
 from gptb_ds.loading import load_any
-from tests.training_runs import flip_a_byte, losses, metrics, rewind, train, with_environment
+from tests.harness import faults
+from tests.harness.training import losses, metrics, rewind, train
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +24,7 @@ def steps(run: Path) -> list[int]:
 
 def test_a_damaged_newer_checkpoint_never_pushes_out_good_ones(straight: Path, store: Path, tmp_path: Path):
     run = rewind(straight, tmp_path / "run", 12)
-    flip_a_byte(checkpoint_folder(run, 12))
+    faults.flipped_byte(checkpoint_folder(run, 12))
     options = {"ranks": 2, "run__keep": 1, "run__save_every": 5, "train__updates": 11}
     job = train(run, store, **options)
     assert "passed over" in job.text(0) and "is now in" in job.text(0)
@@ -78,14 +76,9 @@ def test_a_checkpoint_of_another_run_brings_its_metrics(straight: Path, store: P
     assert losses(run / "previous-001") != losses(straight) and steps(run / "previous-001") == [12, 8, 4]
 
 
-def test_a_requeued_job_continues_whatever_it_was_told_at_first(
-    straight: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_requeued_job_continues_whatever_it_was_told_at_first(straight: Path, store: Path, tmp_path: Path):
     run = rewind(straight, tmp_path / "run", 8)
-    main = functools.partial(with_environment, tests.training_runs._main)
-    monkeypatch.setattr(tests.training_runs, "main_of_a_rank", main)
-    (tmp_path / "environment.json").write_text(json.dumps({"SLURM_RESTART_COUNT": "1"}))
-    job = train(run, store, ranks=2, run__resume="never")
+    job = train(run, store, ranks=2, fault=faults.requeued, run__resume="never")
     assert "now it is auto" in job.text(0) and "(update 8)" in job.text(0)
     assert metrics(run) == metrics(straight)
 
@@ -123,7 +116,7 @@ def test_a_checkpoint_that_has_lost_both_manifests_is_not_overwritten(straight: 
 def test_when_no_checkpoint_is_good_all_are_kept_aside(straight: Path, store: Path, tmp_path: Path):
     run = rewind(straight, tmp_path / "run", 8)
     for folder in checkpoint_folders(run):
-        flip_a_byte(folder)
+        faults.flipped_byte(folder)
     train(run, store, ranks=2, run__keep=1)
     assert metrics(run) == metrics(straight)
     assert steps(run / "previous-001") == [8, 4]

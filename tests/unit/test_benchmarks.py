@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_stores import numbered_documents, write_store
+from tests.harness.stores import numbered_documents, write_store
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = {

@@ -23,7 +23,7 @@ from gptb_ds.data.collator import LaneCollator
 from gptb_ds.data.corpus import Corpus
 from gptb_ds.data.lanes import Pieces, ShuffledOrder
 from gptb_ds.data.window import Window
-from tests.data_stores import EOT, make_corpus, numbered_documents, together
+from tests.harness.stores import EOT, make_corpus, numbered_documents, together
 
 
 @pytest.fixture(scope="module", autouse=True)

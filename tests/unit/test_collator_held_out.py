@@ -15,7 +15,7 @@ from gptb_ds.data.corpus import Corpus
 from gptb_ds.data.held_out import Choice, held_out_windows, share_out
 from gptb_ds.data.lanes import Pieces
 from gptb_ds.data.window import Window
-from tests.data_stores import EOT, make_corpus, numbered_documents, together
+from tests.harness.stores import EOT, make_corpus, numbered_documents, together
 
 
 def documents_read(windows: list[Window]) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:

@@ -11,7 +11,7 @@ import pytest
 from gptb_ds.data.collator import LaneCollator
 from gptb_ds.data.corpus import open_corpus
 from gptb_ds.data.documents import open_store
-from tests.data_stores import numbered_documents, together, write_store
+from tests.harness.stores import numbered_documents, together, write_store
 
 
 def test_one_path_is_a_store_and_several_are_a_mixture(tmp_path: Path) -> None:

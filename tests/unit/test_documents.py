@@ -12,7 +12,7 @@ import pytest
 
 from gptb_ds.data.corpus import Corpus
 from gptb_ds.data.documents import open_store, verify_store
-from tests.data_stores import numbered_documents, prepare, write_store
+from tests.harness.stores import numbered_documents, prepare, write_store
 
 DOCUMENTS = numbered_documents([3, 0, 7, 1])
 

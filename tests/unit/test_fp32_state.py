@@ -22,7 +22,7 @@ from gptb_ds.model.objective import WindowObjective
 from gptb_ds.training.engine import Engine
 from gptb_ds.training.fp32_state import DeepSpeedChangedError
 from gptb_ds.training.optimizers import GuardedAdamW
-from tests.distributed.ranks import run_ranks
+from tests.harness.processes import run_ranks
 
 
 def test_an_update_that_is_not_finite_leaves_everything_as_it_was():

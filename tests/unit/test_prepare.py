@@ -13,7 +13,7 @@ import pytest
 
 from gptb_ds.data.corpus import Corpus
 from gptb_ds.data.documents import DocumentStore, load_tokenizer, open_store, verify_store
-from tests.data_stores import fail, prepare, texts_of
+from tests.harness.stores import fail, prepare, texts_of
 
 TEXTS = {"a.txt": "first document", "b.txt": "zweites Dokument, größer", "sub/c.txt": "third\r\n" * 40, "d.txt": "vier"}
 

@@ -17,7 +17,7 @@ from gptb_ds.data.documents import load_tokenizer, open_store
 from gptb_ds.data.readers import Record
 from gptb_ds.data.sources import Reading, find_sources
 from gptb_ds.data.writer import write_manifest
-from tests.data_stores import prepare
+from tests.harness.stores import prepare
 
 MIB = 1 << 20
 

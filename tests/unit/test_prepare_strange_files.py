@@ -22,7 +22,7 @@ import zstandard
 
 from gptb_ds.cli import main
 from gptb_ds.data.documents import open_store
-from tests.data_stores import fail, prepare, texts_of
+from tests.harness.stores import fail, prepare, texts_of
 
 
 def stored(tmp_path: Path, *arguments: object) -> list[str]:

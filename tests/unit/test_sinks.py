@@ -16,7 +16,7 @@ from gptb_ds.training.metrics import Metrics, read_metrics
 from gptb_ds.training.reporter import Reporter
 from gptb_ds.training.sinks import check_sinks
 from gptb_ds.training.train_state import RunFacts
-from tests.metric_sinks import READERS, Rows, csv_files, expected, tensorboard
+from tests.harness.sinks import READERS, Rows, csv_files, expected, tensorboard
 
 
 def reporter_of(run: Path, monitor: list[str], on_save_error: str = "stop") -> Reporter:

@@ -17,7 +17,7 @@ from gptb_ds.data import readers
 from gptb_ds.data.documents import open_store
 from gptb_ds.data.readers import Records, read_parts
 from gptb_ds.data.sources import Reading, Source, find_sources
-from tests.data_stores import fail, prepare, texts_of
+from tests.harness.stores import fail, prepare, texts_of
 
 RECORDS = [{"id": i, "text": text} for i, text in enumerate(["one", "NA", "1.0", "ä ö\nü", "null", 'six, "quoted"'])]
 TEXTS = sorted(r["text"] for r in RECORDS)

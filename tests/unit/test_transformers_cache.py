@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gptb_ds.model import GPTBCache
 from gptb_ds.model.cache import KEPT, RECORDED
-from tests.small_models import V, random_ids, small_gptb
+from tests.harness.models import V, random_ids, small_gptb
 
 MODEL = small_gptb()
 B, T = 3, 9

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from gptb_ds import GPTBLMHeadModel
-from tests.small_models import V, random_ids, small_gptb
+from tests.harness.models import V, random_ids, small_gptb
 
 B, T = 3, 9
 

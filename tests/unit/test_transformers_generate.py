@@ -14,7 +14,7 @@ import torch
 
 from gptb_ds import GPTBLMHeadModel
 from gptb_ds.model import GPTBCache, recurrence
-from tests.small_models import V, random_ids, small_gptb
+from tests.harness.models import V, random_ids, small_gptb
 
 NEW = 24
 ENDLESS = {"eos_token_id": None, "pad_token_id": 0}

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +15,11 @@ import psutil
 import yaml
 
 from gptb_ds.training.metrics import SPEEDS
+from tests.harness.processes import PATIENCE, wait_until
 
 CHECKOUT = Path(__file__).parents[2]
 LAUNCH = CHECKOUT / "launch"
 UPDATES = 300  # a few seconds: time enough to be stopped in the middle
-PATIENCE = 180  # seconds that anything may take on a busy machine before a test gives up
 
 
 class TinyRun:
@@ -122,12 +121,3 @@ def environment() -> dict[str, str]:
     outer = ("SLURM_", "OMPI_", "PMI", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     env = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
     return env | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def wait_until(condition: Callable[[], Any], what: str, said: Callable[[], str]) -> Any:
-    """The condition's first true value. Fails, with the output, when it does not come."""
-    end = time.monotonic() + PATIENCE
-    while not (value := condition()):
-        assert time.monotonic() < end, f"waited in vain for {what}:\n{said()}"
-        time.sleep(0.1)
-    return value

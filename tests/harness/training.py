@@ -1,26 +1,24 @@
-"""Starting `gptb-ds train` on several ranks inside a test: real processes, the real command line, no launcher."""
+"""Training jobs inside a test: real ranks, the real command line, no launcher; and reading what they left."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gptb_ds.training.metrics import SPEEDS
+from tests.harness.processes import FORKSERVER, PATIENCE, free_port, rank_environment, wait_until
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-# Ranks are forked from a process that has loaded the slow imports already.
-_CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
+# What runs in a rank before its command: see `faults`.
+Fault = Callable[[int], None]
 
 TINY = {
     "model.num_slots": 4,
@@ -42,14 +40,14 @@ TINY = {
 
 
 @dataclass
-class Run:
+class Job:
     """A job of several ranks that was started."""
 
     processes: list[Any]
     outputs: list[Path]
     codes: list[int] = field(default_factory=list)
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = PATIENCE) -> list[int]:
         """Exit codes by rank (negative: the signal that ended it)."""
         end = time.monotonic() + timeout
         for process in self.processes:
@@ -82,9 +80,13 @@ def start(
     ranks: int = 1,
     stage: int = 1,
     policy: dict[str, Any] | None = None,
+    fault: Fault | None = None,
     **over: Any,
-) -> Run:
-    """Starts the tiny training in `run`; keys of `over` have `__` for the dot (train__updates=20)."""
+) -> Job:
+    """Starts the tiny training in `run`; keys of `over` have `__` for the dot (train__updates=20).
+
+    `fault` is planted in every rank first.
+    """
     run.mkdir(parents=True, exist_ok=True)
     name = f"{time.monotonic_ns()}"
     config = run.parent / f"{run.name}-{name}-policy.json"
@@ -94,36 +96,35 @@ def start(
     args = ["train", "--deepspeed_config", str(config), "--run.dir", str(run), "--data.path", *map(str, stores)]
     for key, value in values.items():
         args += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return launch(args, ranks, run.parent / f"{run.name}-{name}")
+    return launch(args, ranks, run.parent / f"{run.name}-{name}", fault)
 
 
-def launch(args: list[str], ranks: int, output: Path) -> Run:
+def launch(args: list[str], ranks: int, output: Path, fault: Fault | None = None) -> Job:
     """Starts `gptb-ds ARGS` on so many ranks; what rank r prints goes to `output`-r.txt."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     outputs = [Path(f"{output}-{rank}.txt") for rank in range(ranks)]
     processes = [
-        _CONTEXT.Process(target=main_of_a_rank, args=(args, rank, ranks, port, outputs[rank]), daemon=True)
+        FORKSERVER.Process(target=_rank, args=(args, rank, ranks, port, outputs[rank], fault), daemon=True)
         for rank in range(ranks)
     ]
     for process in processes:
         process.start()
-    return Run(processes, outputs)
+    return Job(processes, outputs)
 
 
-def _main(args: list[str], rank: int, ranks: int, port: int, output: Path) -> None:
+def _rank(args: list[str], rank: int, ranks: int, port: int, output: Path, fault: Fault | None) -> None:
     with output.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     if ranks > 1:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ |= {key: str(value) for key, value in names.items()}
+        os.environ |= rank_environment(rank, ranks, port)
     import torch
 
     torch.set_num_threads(1)
+    if fault is not None:
+        fault(rank)
     from gptb_ds.cli import main
 
     code = main(args)
@@ -131,23 +132,21 @@ def _main(args: list[str], rank: int, ranks: int, port: int, output: Path) -> No
     os._exit(code)
 
 
-def with_environment(main, args, *others) -> None:
-    """`main` with the variables of environment.json beside the run's folder."""
-    run = Path(args[args.index("--run.dir") + 1])
-    os.environ |= json.loads((run.parent / "environment.json").read_text())
-    main(args, *others)
-
-
-# What each process runs; a test may put a fault in front of it.
-main_of_a_rank = _main
-
-
-def train(run: Path, store: Path | Sequence[Path], *, expect: int = 0, timeout: float = 120, **over: Any) -> Run:
+def train(run: Path, store: Path | Sequence[Path], *, expect: int = 0, timeout: float = PATIENCE, **over: Any) -> Job:
     """`start`, wait, and check that every rank ended with `expect`."""
     job = start(run, store, **over)
     codes = job.wait(timeout)
     assert set(codes) == {expect}, f"exit codes {codes}, expected {expect}:\n{job.text()}"
     return job
+
+
+def wait_for_lines(run: Path, count: int, job: Job | None = None) -> None:
+    """Returns once metrics.jsonl has so many lines: an event of the run, on a machine of any speed."""
+    path = run / "metrics.jsonl"
+    said = job.text if job else lambda: ""
+    wait_until(
+        lambda: path.exists() and path.read_bytes().count(b"\n") >= count, f"{count} lines of {path}", said, 0.01
+    )
 
 
 def metrics(run: Path) -> list[str]:
@@ -177,14 +176,6 @@ def rewind(run: Path, copy: Path, step: int) -> Path:
         if int(folder.name.split("-")[1]) > step:
             shutil.rmtree(folder)
     return copy
-
-
-def flip_a_byte(folder: Path) -> None:
-    """Damages a checkpoint: one byte of its weights differs."""
-    file = next(folder.glob("model-*"))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def write_corpus(folder: Path, documents: int = 60, seed: int = 3) -> Path:

@@ -1,0 +1,1 @@
+"""What the tests share: stores, training jobs, launched runs, faults, and how to wait for events."""

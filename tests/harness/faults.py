@@ -1,0 +1,141 @@
+"""Faults by name: what is planted in the ranks of a job, and damage done to a checkpoint on the disk.
+
+A fault of a rank is called in it, with its number, before the command runs:
+`start(run, store, fault=faults.small_files)`. It changes what the rank will meet, never what is checked.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# In the ranks of a job
+
+
+def small_files(rank: int, limit: int = 40_000) -> None:
+    """The system refuses to write files beyond a size, as a full disk would: checkpoints, of the tiny model, are."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def smaller_files(rank: int) -> None:
+    """As `small_files`, so small that metrics.jsonl outgrows it and a checkpoint of the narrowest model doesn't."""
+    small_files(rank, 30_000)
+
+
+def raises_in_update(kind: type[Exception], number: int) -> Callable[[int], None]:
+    """Rank 1 meets a fault of its own in this update."""
+    return functools.partial(_raises_in_update, kind, number)
+
+
+def _raises_in_update(kind: type[Exception], number: int, rank: int) -> None:
+    from gptb_ds.training.engine import Engine
+
+    update, calls = Engine.update, []
+
+    def failing(self, *call):
+        calls.append(1)
+        if rank == 1 and len(calls) == number:
+            raise kind("the fault of rank 1")
+        return update(self, *call)
+
+    Engine.update = failing
+
+
+def infinite_losses(rank: int) -> None:
+    """The loss of rank 0 is infinite in updates 5 and 6, its gradients are not."""
+    from gptb_ds.model.objective import WindowObjective
+
+    forward, calls = WindowObjective.forward, []
+
+    def infinite(self, *call):
+        loss, state = forward(self, *call)
+        calls.append(1)
+        return loss + (math.inf if len(calls) in (5, 6) and rank == 0 else 0.0), state
+
+    WindowObjective.forward = infinite
+
+
+def slow_reading(rank: int) -> None:
+    """Each tensor of a checkpoint takes a while to be read."""
+    from gptb_ds.checkpoint.reader import CheckpointReader
+
+    fetch = CheckpointReader.fetch
+
+    def slow(self, kind, name):
+        time.sleep(0.15)
+        return fetch(self, kind, name)
+
+    CheckpointReader.fetch = slow
+
+
+def requeued(rank: int) -> None:
+    """Slurm has started this job before."""
+    os.environ["SLURM_RESTART_COUNT"] = "1"
+
+
+def hangs_in_reading(rank: int) -> None:
+    """Rank 1 never comes back from reading its inputs."""
+    import gptb_ds.training.setup as setup
+
+    if rank == 1:
+        setup.read_inputs = lambda *_: time.sleep(10_000)
+
+
+def slow_evaluation(rank: int) -> None:
+    """Each window of an evaluation takes a while longer."""
+    import gptb_ds.evaluation as evaluation
+
+    windows = evaluation.held_out_windows
+
+    def slow(*call, **options):
+        for window in windows(*call, **options):
+            time.sleep(0.25)
+            yield window
+
+    evaluation.held_out_windows = slow
+
+
+# On the disk: each returns what a refusal must say
+
+
+def truncated(checkpoint: Path) -> str:
+    file = next(checkpoint.glob("optimizer-*"))
+    file.write_bytes(file.read_bytes()[:100])
+    return "has 100 bytes"
+
+
+def flipped_byte(checkpoint: Path) -> str:
+    """One byte of its weights differs."""
+    file = next(checkpoint.glob("model-*"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return "was altered"
+
+
+def flipped_in_manifest(checkpoint: Path) -> str:
+    file = checkpoint / "manifest.json"
+    file.write_text(file.read_text().replace('"step": 12', '"step": 13'))
+    return "manifest.json was altered"
+
+
+def no_manifest(checkpoint: Path) -> str:
+    """Neither of the two copies."""
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest-copy.json").unlink()
+    return "no manifest.json"
+
+
+def no_file(checkpoint: Path) -> str:
+    next(checkpoint.glob("lanes-*")).unlink()
+    return "is missing"
+
+
+def garbage_manifest(checkpoint: Path) -> str:
+    (checkpoint / "manifest.json").write_bytes(b"\x80\x04not json")
+    return "cannot be read"

@@ -1,0 +1,87 @@
+"""Processes of a test: ranks forked from one that has loaded the slow imports, and waiting for what is to come."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["tests.harness.preload"])
+
+PATIENCE = 300  # seconds that anything may take on a busy machine before a test gives up: a limit, never a measure
+
+
+def wait_until(
+    condition: Callable[[], Any], what: str, said: Callable[[], str] = lambda: "", every: float = 0.05
+) -> Any:
+    """The condition's first true value. Fails, naming `what` and with the output that `said` gives, if none comes."""
+    end = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited in vain for {what}:\n{said()}"
+        time.sleep(every)
+    return value
+
+
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The variables of torch's rendezvous for a rank on this host."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {key: str(value) for key, value in names.items()}
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = PATIENCE) -> list[Any]:
+    """`function(world, *args)` on `world_size` ranks; their results in rank order. The first failure is raised."""
+    port = free_port()
+    results = FORKSERVER.Queue()
+    processes = [
+        FORKSERVER.Process(target=_rank, args=(rank, world_size, port, results, function, args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    answers: dict[int, Any] = {}
+    try:
+        while len(answers) < world_size:
+            rank, error, answer = results.get(timeout=timeout)
+            if error:
+                raise AssertionError(f"rank {rank} of {world_size} failed:\n{error}")
+            answers[rank] = pickle.loads(answer)
+    except queue.Empty:
+        raise AssertionError(f"ranks did not answer in {timeout} s: have {sorted(answers)}") from None
+    finally:
+        for process in processes:
+            process.join(timeout=5 if len(answers) == world_size else 0.1)
+            if process.is_alive():
+                process.kill()
+    return [answers[rank] for rank in range(world_size)]
+
+
+def _rank(rank: int, size: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ |= rank_environment(rank, size, port)
+    import torch
+
+    from gptb_ds.distributed.join import join, leave
+
+    torch.set_num_threads(1)
+    try:
+        world = join(60)
+        answer = function(world, *args)
+        world.barrier()
+        leave()
+        # Plain bytes: tensors in a queue would be shared memory that ends with this process.
+        results.put((rank, None, pickle.dumps(answer)))
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))
