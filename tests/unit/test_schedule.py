@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -22,6 +23,18 @@ def rates(optim: OptimConfig, train: TrainConfig, batches: BatchPlan | None = No
             found.append(learning_rate(tokens, WINDOW // number, optim, plan))
             tokens += WINDOW // number
     return found
+
+
+def test_shapes_of_the_schedules():
+    cosine = rates(OptimConfig(lr=2.0, warmup_updates=10, schedule="cosine"), TrainConfig(updates=100))
+    assert cosine[0] == pytest.approx(0.2) and cosine[9] == pytest.approx(2.0)
+    assert all(a > b > 0 for a, b in itertools.pairwise(cosine[9:]))
+    middle = 10 + (101 - 10) / 2
+    assert cosine[int(middle) - 1] == pytest.approx(1.0, abs=0.03)
+    linear = OptimConfig(lr=1.0, warmup_updates=0, schedule="linear")
+    assert rates(linear, TrainConfig(updates=3)) == pytest.approx([0.75, 0.5, 0.25])
+    constant = OptimConfig(lr=1.0, warmup_updates=2, schedule="constant")
+    assert rates(constant, TrainConfig(updates=4)) == pytest.approx([0.5, 1, 1, 1])
 
 
 def test_updates_and_tokens_of_a_plan_are_each_others_inverse():
