@@ -17,7 +17,7 @@ from gptb_ds.data.documents import load_tokenizer, open_store, verify_store
 from gptb_ds.data.held_out import held_out_windows
 from gptb_ds.data.tasks import DEFAULTS, Task, longest_length, parse_task
 from gptb_ds.evaluation import score_task
-from tests.data_stores import fail, prepare
+from tests.harness.stores import fail, prepare
 
 AUTOMATA = ("parity", "cycle5", "cycle6", "s3", "a5", "s5")
 
