@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
+import sys
+import threading
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -12,8 +15,20 @@ import torch
 import torch.distributed as dist
 
 from gptb_ds.distributed.world import World
+from gptb_ds.exit_codes import FAULT, USAGE
+
+# After so many seconds of waiting for the other ranks, somebody says so.
+_QUIET_SECONDS = 10.0
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class JoinError(OSError):
+    """The ranks of a job don't find each other. The message, one line, names the address; `code` is the exit code."""
+
+    def __init__(self, text: str, code: int = FAULT) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 def find_rank(env: Mapping[str, str]) -> dict[str, str] | None:
@@ -21,7 +36,8 @@ def find_rank(env: Mapping[str, str]) -> dict[str, str] | None:
 
     In order: the variables themselves (deepspeed launcher, torchrun, launch/slurm.sbatch); a process started by
     `mpirun` (asked through mpi4py), in a Slurm allocation too; a Slurm step with a rendezvous address.
-    Raises ValueError when only a part is set, when it contradicts MPI, or when MPI started us and mpi4py can't load it.
+    Raises ValueError when only a part is set or is no number in its range, when it contradicts MPI, or when MPI started
+    us and mpi4py can't load it.
     """
     given = [name for name in _ENVIRONMENT if env.get(name)]
     mpi_size = max(int(env.get(name) or 1) for name in ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
@@ -31,7 +47,7 @@ def find_rank(env: Mapping[str, str]) -> dict[str, str] | None:
                 f"mpirun started {mpi_size} ranks, but the environment sets WORLD_SIZE={env['WORLD_SIZE']}: unset"
                 f" {', '.join(_ENVIRONMENT)}"
             )
-        return {name: env[name] for name in _ENVIRONMENT}
+        return _checked({name: env[name] for name in _ENVIRONMENT})
     if mpi_size > 1:
         return _ask_mpi(env)
     if int(env.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in env:
@@ -39,13 +55,15 @@ def find_rank(env: Mapping[str, str]) -> dict[str, str] | None:
             raise ValueError(
                 "srun started several tasks, but MASTER_ADDR and MASTER_PORT are not set: see launch/slurm.sbatch"
             )
-        return {
-            "RANK": env["SLURM_PROCID"],
-            "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
-            "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
-            "MASTER_ADDR": env["MASTER_ADDR"],
-            "MASTER_PORT": env["MASTER_PORT"],
-        }
+        return _checked(
+            {
+                "RANK": env["SLURM_PROCID"],
+                "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+                "LOCAL_RANK": env.get("SLURM_LOCALID", "0"),
+                "MASTER_ADDR": env["MASTER_ADDR"],
+                "MASTER_PORT": env["MASTER_PORT"],
+            }
+        )
     if int(env.get("PMI_SIZE") or 1) > 1:
         return _ask_mpi(env)
     if "RANK" in given or "WORLD_SIZE" in given:
@@ -56,10 +74,26 @@ def find_rank(env: Mapping[str, str]) -> dict[str, str] | None:
     return None
 
 
+def _checked(place: dict[str, str]) -> dict[str, str]:
+    """`place` itself. Raises ValueError for a number that is none, or out of its range."""
+    size = int(place["WORLD_SIZE"]) if place["WORLD_SIZE"].isdecimal() else 0
+    for name, low, high in (
+        ("WORLD_SIZE", 1, 1 << 31),
+        ("RANK", 0, size - 1),
+        ("LOCAL_RANK", 0, size - 1),
+        ("MASTER_PORT", 1, 65535),
+    ):
+        value = place[name]
+        if not value.isdecimal() or not low <= int(value) <= high:
+            raise ValueError(f"{name}={value} in the environment: must be a whole number from {low} to {high}")
+    return place
+
+
 def join(timeout_seconds: float) -> World:
     """Joins the job that this process was started in and returns its place; one process alone joins itself.
 
-    Raises ValueError (see `find_rank`) or, when the others don't come in time, torch's distributed error.
+    Raises ValueError (see `find_rank`), or JoinError when the address is unknown, its port taken, or when the others
+    don't come in time.
     """
     place = find_rank(os.environ)
     _raise_file_limit()
@@ -76,13 +110,53 @@ def join(timeout_seconds: float) -> World:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         os.environ.update(place)
-        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+        _meet(place, backend, timeout)
     os.environ.update(place)
     control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
     world = World(dist.get_rank(), dist.get_world_size(), local_rank, device, socket.gethostname(), control)
     if device.type == "cpu" and world.size > 1 and "OMP_NUM_THREADS" not in os.environ:
         _share_cores(world)
     return world
+
+
+def _meet(place: Mapping[str, str], backend: str, timeout: timedelta) -> None:
+    """Makes the process group of all ranks. Raises JoinError.
+
+    The name is looked up here first: torch retries an unknown one in silence until its time is over.
+    """
+    address, port = place["MASTER_ADDR"], place["MASTER_PORT"]
+    try:
+        socket.getaddrinfo(address, int(port))
+    except OSError as error:  # "not known" is a mistake, anything else may be the name server's bad hour
+        code = USAGE if error.errno == socket.EAI_NONAME else FAULT
+        raise JoinError(f"MASTER_ADDR={address}: {error.strerror}; give the host or address of rank 0", code) from None
+    patience = threading.Timer(_QUIET_SECONDS, _say_that_it_waits, (place, timeout))
+    patience.daemon = True
+    if place["LOCAL_RANK"] == "0":
+        patience.start()
+    try:
+        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+    except dist.DistError as error:
+        text = " ".join(str(error).split())
+        if "EADDRINUSE" in text or os.strerror(errno.EADDRINUSE) in text:
+            raise JoinError(
+                f"MASTER_PORT={port}: another program listens there on {socket.gethostname()}; choose another port"
+            ) from None
+        raise JoinError(
+            f"the {place['WORLD_SIZE']} ranks did not meet at {address}:{port} within {timeout.total_seconds():.0f} s;"
+            f" is every rank started, and can its host reach that address? ({text[:200]})"
+        ) from None
+    finally:
+        patience.cancel()
+
+
+def _say_that_it_waits(place: Mapping[str, str], timeout: timedelta) -> None:
+    print(
+        f"[rank {place['RANK']} on {socket.gethostname()}] waits for the {place['WORLD_SIZE']} ranks to meet at"
+        f" {place['MASTER_ADDR']}:{place['MASTER_PORT']} (up to {timeout.total_seconds():.0f} s)",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _raise_file_limit() -> None:

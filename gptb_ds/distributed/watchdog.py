@@ -15,12 +15,15 @@ import torch.distributed as dist
 from gptb_ds.distributed.world import World
 from gptb_ds.exit_codes import HUNG
 
+# A collective's own time-out from when a watchdog watches: longer than anybody pauses a job.
+_FOR_EVER = timedelta(days=60)
+
 
 class _Progress:
-    """What this process has done last, and when (`time.monotonic`)."""
+    """What this process has done last, and how many things it has done."""
 
     stage = "start"
-    since = time.monotonic()
+    count = 0
 
 
 def progress_made(stage: str) -> None:
@@ -29,7 +32,7 @@ def progress_made(stage: str) -> None:
     A function and no method: whoever does long work says so, down to the reading of a file, and nobody between him and
     the start has to hand a watchdog on. A process has at most one, because it ends the process.
     """
-    _Progress.stage, _Progress.since = stage, time.monotonic()
+    _Progress.stage, _Progress.count = stage, _Progress.count + 1
 
 
 class Watchdog:
@@ -38,6 +41,9 @@ class Watchdog:
     Each rank prints where its main thread stands; then all meet on a group of their own, and rank 0 names those that do
     not come (a stopped process, a dead host, a lost link). Backends differ in what they do on a time-out (NCCL aborts,
     gloo raises, some wait for ever): this does not depend on them.
+
+    A job that is paused does not hang: stopped and continued (SIGSTOP, `scontrol suspend`), or asleep with its laptop.
+    Only time in which the watchdog itself ran counts; in a pause it doesn't run either.
     """
 
     def __init__(self, world: World, limit: float, meeting_seconds: float = 10.0) -> None:
@@ -49,6 +55,14 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> Watchdog:
+        """From here on it alone decides that the job hangs: collectives wait as long as it takes.
+
+        With the time-out that they were made with, which counts pauses too, a rank that waits in one when the job is
+        paused would raise when it is continued.
+        """
+        if self._world.size > 1:
+            for group in (None, self._world.control):
+                dist.distributed_c10d._set_pg_timeout(_FOR_EVER, group)
         progress_made("start")
         self._thread.start()
         return self
@@ -62,8 +76,14 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self._limit / 4)):
-            if time.monotonic() - _Progress.since > self._limit:
+        tick, waited, seen, before = min(1.0, self._limit / 4), 0.0, _Progress.count, time.monotonic()
+        while not self._ended.wait(tick):
+            now = time.monotonic()
+            # A tick that took much longer than a tick: this process did not run meanwhile.
+            waited, before = waited + min(now - before, 2 * tick), now
+            if _Progress.count != seen:
+                waited, seen = 0.0, _Progress.count
+            if waited > self._limit:
                 self._end()
 
     def _end(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from gptb_ds.checkpoint.resume import choose_checkpoint
 from gptb_ds.checkpoint.writer import SaveError
 from gptb_ds.config import Config, ConfigError, save_config
 from gptb_ds.distributed.error_report import report
-from gptb_ds.distributed.join import join, leave
+from gptb_ds.distributed.join import JoinError, join, leave
 from gptb_ds.distributed.watchdog import Watchdog, progress_made
 from gptb_ds.distributed.world import World, is_shared
 from gptb_ds.exit_codes import DONE, FAULT, STOPPED, USAGE
@@ -45,8 +46,12 @@ def train(config: Config, stop: StopRequests) -> int:
     """
     started = time.monotonic()
     with forgiving_output():
-        # Longer than the watchdog takes: it names the ranks that are missing, a time-out in a collective can't.
-        world = join(config.run.hang_seconds + max(config.run.hang_seconds, 60))
+        try:
+            world = join(config.run.hang_seconds + max(config.run.hang_seconds, 60))
+        except JoinError as error:
+            if os.environ.get("LOCAL_RANK") == "0":  # once a host: they can't agree yet on who speaks
+                print(f"[rank {os.environ['RANK']} on {socket.gethostname()}] {error}", file=sys.stderr)
+            _end(error.code)
         try:
             watchdog = Watchdog(world, config.run.hang_seconds).start()
             trainer, folder = _set_up(config, world, stop, started)
