@@ -25,6 +25,7 @@ class Reporter:
         self._sinks: dict[str, Sink] = open_sinks(facts.run.monitor, folder) if speaks else {}
         self._failing: set[str] = set()
         self._progress: Progress | None = None
+        self._nothing_counted = False
 
     @property
     def metrics_file(self) -> Path:
@@ -62,6 +63,12 @@ class Reporter:
         """An update's metrics. Raises OSError when the disk does not take them and `run.on_save_error` is "stop"."""
         if not self._speaks:
             return
+        if line["loss"] is None and not self._nothing_counted:
+            self._nothing_counted = True
+            self.say(
+                f"WARNING: no target of update {line['update']} counts in the loss, which is null then; with so few that"
+                " count, take more lanes or a longer window"
+            )
         if self._progress is not None:
             self._progress.update(line, self.bits_per_byte(line["loss"]))
         self._add(line)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,11 +20,16 @@ class RunFolder:
     """
 
     def __init__(self, path: str, world: World) -> None:
-        """Makes the folder and takes its lock. Raises ConfigError, on all ranks, when another run has it."""
+        """Makes the folder, takes its lock, and looks whether it can be written, with its checkpoints.
+
+        Raises ConfigError, on all ranks, when another run has it, or when a save in it would fail.
+        """
         self.path, self._world = Path(path), world
         # Without flock it must not pretend: a lock of another kind outlives a killed run.
         self._lock = FileLock(self.path / "lock", fallback_to_soft=False)
+        self.checkpoints = self.path / "checkpoints"
         world.on_rank0(self._take)
+        world.on_rank0(self._probe)
 
     def _take(self) -> None:
         try:
@@ -41,6 +47,24 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"run.dir {self.path}: cannot be written: {error}") from None
 
+    def _probe(self) -> None:
+        """Now, and not at the first save, hours later. A link to another file system counts as what it leads to."""
+        link = f" (a link to {self.checkpoints.readlink()})" if self.checkpoints.is_symlink() else ""
+        if link and not self.checkpoints.exists():
+            raise ConfigError(f"{self.checkpoints}{link}: leads nowhere; mount what is there, or remove the link")
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise ConfigError(f"{self.checkpoints}{link}: is no folder; move it away, or name another --run.dir")
+        for folder in (self.path, self.checkpoints):
+            try:
+                if folder.is_dir():
+                    tempfile.TemporaryFile(dir=folder).close()
+            except OSError as error:
+                raise ConfigError(f"{folder}{link}: cannot be written: {error.strerror}") from None
+
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint's folder is one of this run's, by whatever name it is called."""
+        return self.checkpoints.is_dir() and checkpoint.parent.exists() and self.checkpoints.samefile(checkpoint.parent)
+
     def set_aside(self, paths: Iterable[Path]) -> Path | None:
         """Moves files of an earlier run into a new folder `previous-N` of this one; returns it (None: none existed).
 
@@ -54,9 +78,15 @@ class RunFolder:
         if not present:
             return None
         number = 1
-        while (target := self.path / f"previous-{number:03d}").exists():
+        while (target := self.path / f"previous-{number:03d}").exists() or (self.checkpoints / target.name).exists():
             number += 1
-        for path in present:
+        target.mkdir()
+        if self.checkpoints.is_symlink() and any(path.is_relative_to(self.checkpoints) for path in present):
+            # The link stays, and so does the file system that was chosen for checkpoints: it has room for them.
+            beside = self.checkpoints.resolve() / target.name
+            beside.mkdir()
+            (target / "checkpoints").symlink_to(beside)
+        for path in self._followed(present):
             place = target / path.relative_to(self.path)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, place)
@@ -66,6 +96,14 @@ class RunFolder:
         if (self.path / "tokenizer").is_dir():
             shutil.copytree(self.path / "tokenizer", target / "tokenizer")
         return target
+
+    def _followed(self, paths: list[Path]) -> Iterator[Path]:
+        """The paths, with what is in the checkpoints in place of a link to them."""
+        for path in paths:
+            if path == self.checkpoints and path.is_symlink():
+                yield from sorted(child for child in path.iterdir() if not child.name.startswith("previous-"))
+            else:
+                yield path
 
     def release(self) -> None:
         self._lock.release()

@@ -129,6 +129,10 @@ def _find_start(inputs: Inputs, folder: RunFolder, world: World, reporter: Repor
     """The third stage: the checkpoint to continue from, checked against the run. Raises ValueError on all ranks."""
     facts = inputs.facts
     checkpoint, left_behind = choose_checkpoint(facts.run.resume, folder.path, world, reporter.say)
+    if checkpoint is None and world.on_rank0(_has_trained, reporter.metrics_file) and not left_behind:
+        # Killed before its first checkpoint, or its checkpoints were moved away: nobody can tell which from here.
+        reporter.say(f"no checkpoint in {folder.checkpoints}: training starts over, at update 0")
+        left_behind = [reporter.metrics_file, folder.path / "config.yaml"]
     if reporter.metrics_file in left_behind:
         left_behind += [folder.path / name for name in FOLDERS]
     if checkpoint is None:
@@ -142,12 +146,18 @@ def _find_start(inputs: Inputs, folder: RunFolder, world: World, reporter: Repor
             f"train.{key} {getattr(facts.train, key)}: {checkpoint} is after {done} {key} already; give a number"
             " above that, name an earlier checkpoint with --run.resume, or another --run.dir"
         )
-    metrics = checkpoint.parent.parent / reporter.metrics_file.name
+    own = world.on_rank0(folder.owns, checkpoint)
+    metrics = reporter.metrics_file if own else checkpoint.parent.parent / reporter.metrics_file.name
     # Here, where a broken line costs nothing yet: it is read again when the metrics are cut.
     found = world.on_rank0(_read_if_there, metrics)
     changes = "; ".join(changed_settings(manifest, facts.settings))
     reporter.say(f"resuming from {checkpoint} (update {manifest.step})" + (f"; changed: {changes}" if changes else ""))
     return _Start(reader, metrics if found else None, left_behind)
+
+
+def _has_trained(metrics: Path) -> bool:
+    """Whether there are updates in the metrics. Half a line at the end, or any other, is none of our business yet."""
+    return metrics.is_file() and b'"loss"' in metrics.read_bytes()
 
 
 def _read_if_there(metrics: Path) -> bool:
