@@ -66,8 +66,8 @@ class Reporter:
         if line["loss"] is None and not self._nothing_counted:
             self._nothing_counted = True
             self.say(
-                f"WARNING: no target of update {line['update']} counts in the loss, which is null then; with so few that"
-                " count, take more lanes or a longer window"
+                f"WARNING: no target of update {line['update']} counts in the loss, which is null then; with so few"
+                " that count, take more lanes or a longer window"
             )
         if self._progress is not None:
             self._progress.update(line, self.bits_per_byte(line["loss"]))

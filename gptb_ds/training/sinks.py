@@ -92,7 +92,7 @@ class CsvSink:
 
     def follow(self, lines: Sequence[Metrics]) -> None:
         self.close()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        _only_folder(self.folder)
         rows: dict[str, list[bytes]] = {name: [] for name in NAMES.values()}
         for line in lines:
             for name, value in values_of(line).items():
@@ -126,6 +126,14 @@ class CsvSink:
         return self.folder / f"{name.replace('/', '_')}.csv"
 
 
+def _only_folder(folder: Path) -> None:
+    """Makes it, and removes the others beside it: those of a run that was renamed, or copied under another name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for other in folder.parent.iterdir():
+        if other != folder and other.is_dir():
+            shutil.rmtree(other)
+
+
 def _header(name: str) -> bytes:
     return _row("step", name.split("/")[1])
 
@@ -151,9 +159,10 @@ class TensorBoardSink:
     def follow(self, lines: Sequence[Metrics]) -> None:
         """Writes all lines to a new file, each with the time that it has in the old ones, and removes those."""
         self.close()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        old = sorted(self.folder.glob("*tfevents*"))
+        old = sorted(self.folder.parent.rglob("*tfevents*"))
         times = {(tag, step): seconds for path in old for tag, step, seconds in _events_in(path)}
+        _only_folder(self.folder)
+        old = sorted(self.folder.glob("*tfevents*"))
         new = self.folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         content = io.BytesIO()
         _write_event(content, time.time(), file_version="brain.Event:2")
