@@ -43,8 +43,18 @@ def choose_checkpoint(
     found = Path(resume)
     world.on_rank0(_must_be_a_checkpoint, found)
     step = verify_together(found, world).step
-    own = world.broadcast(found.resolve().parent.parent == run.resolve())
-    return found, [p for p in folders if int(p.name.split("-")[1]) > step] if own else everything
+    newer = [folder for folder in folders if int(folder.name.split("-")[1]) > step]
+    return found, newer if world.on_rank0(is_own, found, run) else everything
+
+
+def is_own(checkpoint: Path, run: Path) -> bool:
+    """Whether a checkpoint is one of this run's, by whatever name it is called: folders are compared, not their names.
+
+    `RUN/checkpoints` may be a link to another file system.
+    """
+    own = run / "checkpoints"
+    names = (checkpoint, checkpoint.resolve())
+    return own.is_dir() and any(name.parent.exists() and own.samefile(name.parent) for name in names)
 
 
 def _worth_keeping(folders: list[Path]) -> list[Path]:

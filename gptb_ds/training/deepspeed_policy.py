@@ -9,6 +9,9 @@ from typing import Any
 
 from gptb_ds.config import ConfigError
 
+# What a policy file holds: DeepSpeed's keys.
+Policy = dict[str, Any]
+
 # What the run's configuration owns; a policy file that sets one of them would be a second, silent source.
 _OWNED = {
     "train_batch_size": "data.lanes",
@@ -35,7 +38,7 @@ _KNOWN = {
 }
 
 
-def read_policy(path: str | None) -> dict[str, Any]:
+def read_policy(path: str | None) -> Policy:
     """The DeepSpeed policy of a JSON file (ZeRO stage, offload, buckets); stage 1 when there is none.
 
     Raises ConfigError with one line for each key that belongs to the run's configuration, or that is none.
@@ -62,12 +65,12 @@ def read_policy(path: str | None) -> dict[str, Any]:
     return policy
 
 
-def offload_devices(policy: dict[str, Any]) -> dict[str, str]:
+def offload_devices(policy: Policy) -> dict[str, str]:
     """Where a policy keeps the optimizer and the parameters, beside the ranks' devices."""
     zero = policy.get("zero_optimization", {})
     return {name: zero.get(name, {}).get("device", "none") for name in ("offload_optimizer", "offload_param")}
 
 
-def zero_stage(policy: dict[str, Any]) -> int:
+def zero_stage(policy: Policy) -> int:
     """The ZeRO stage of a policy."""
     return int(policy.get("zero_optimization", {}).get("stage", 0))

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -23,7 +22,7 @@ from gptb_ds.data.window import Window
 from gptb_ds.distributed.world import World
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
-from gptb_ds.training.deepspeed_policy import offload_devices, zero_stage
+from gptb_ds.training.deepspeed_policy import Policy, offload_devices, zero_stage
 from gptb_ds.training.noise_scale import GradientNorms
 from gptb_ds.training.optimizers import build_optimizer, trained_parameters
 
@@ -58,7 +57,7 @@ class UpdateResult:
     parts: int = 1
 
 
-def check_policy(policy: dict[str, Any]) -> None:
+def check_policy(policy: Policy) -> None:
     """Raises ConfigError, a line for each mistake, when DeepSpeed refuses the policy's ZeRO part."""
     try:
         DeepSpeedZeroConfig(**policy.get("zero_optimization", {}))
@@ -79,7 +78,7 @@ class Engine:
         lane_groups: int,
         precision: str,
         optim: OptimConfig,
-        policy: dict[str, Any],
+        policy: Policy,
         measure_noise: bool = False,
     ) -> None:
         """`lanes` counts this rank's own. Raises DeepSpeedChangedError, see `Fp32State`."""

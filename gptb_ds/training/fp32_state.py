@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import deepspeed
 import deepspeed.ops
@@ -370,7 +370,7 @@ class Fp32State:
         return here.start, there.start, here.numel
 
 
-def _must_have(holder: Any, internals: Sequence[Internal]) -> None:
+def _must_have(holder: object, internals: Sequence[Internal]) -> None:
     for internal in internals:
         if not hasattr(holder, internal.name):
             raise _changed(internal, f"{type(holder).__name__} has no '{internal.name}' any more")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from gptb_ds.loading import model_configuration
 from gptb_ds.model.configuration import inherited, warn_if_memoryless
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.warm_start import warm_start
-from gptb_ds.training.deepspeed_policy import offload_devices, read_policy, zero_stage
+from gptb_ds.training.deepspeed_policy import Policy, offload_devices, read_policy, zero_stage
 from gptb_ds.training.engine import check_policy
 from gptb_ds.training.sinks import check_sinks
 from gptb_ds.training.train_state import RunFacts
@@ -34,7 +33,7 @@ class Inputs:
     facts: RunFacts
     data: RunData
     model: GPTBLMHeadModel
-    policy: dict[str, Any]
+    policy: Policy
     warnings: list[str]
 
 
@@ -130,10 +129,10 @@ def _held_out(config: Config, world: World, corpus: Corpus) -> HeldOut | None:
     )
 
 
-def _identity(config: Config, windows: LaneCollator, model: GPTBLMHeadModel) -> dict[str, Any]:
+def _identity(config: Config, windows: LaneCollator, model: GPTBLMHeadModel) -> dict[str, object]:
     """What must be the same when the run resumes."""
     corpus, data = windows.corpus, config.data
-    identity: dict[str, Any] = {
+    identity: dict[str, object] = {
         "data": windows.fingerprint,
         "tokenizer": corpus.tokenizer_fingerprint,
         "vocab_size": corpus.vocab_size,
@@ -146,9 +145,9 @@ def _identity(config: Config, windows: LaneCollator, model: GPTBLMHeadModel) -> 
     return identity | {f"model.{key}": getattr(config.model, key) for key in shape}
 
 
-def _settings(config: Config, world: World, policy: dict[str, Any]) -> dict[str, Any]:
+def _settings(config: Config, world: World, policy: Policy) -> dict[str, object]:
     """What may differ when the run resumes, and is said then."""
-    settings = {f"optim.{key}": value for key, value in config.optim.model_dump().items()}
+    settings: dict[str, object] = {f"optim.{key}": value for key, value in config.optim.model_dump().items()}
     settings |= {f"train.{key}": value for key, value in config.train.model_dump().items() if key != "seed"}
     settings |= {"model.dropout": config.model.dropout, "world_size": world.size, "zero_stage": zero_stage(policy)}
     return settings | offload_devices(policy)

@@ -61,10 +61,6 @@ class RunFolder:
             except OSError as error:
                 raise ConfigError(f"{folder}{link}: cannot be written: {error.strerror}") from None
 
-    def owns(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint's folder is one of this run's, by whatever name it is called."""
-        return self.checkpoints.is_dir() and checkpoint.parent.exists() and self.checkpoints.samefile(checkpoint.parent)
-
     def set_aside(self, paths: Iterable[Path]) -> Path | None:
         """Moves files of an earlier run into a new folder `previous-N` of this one; returns it (None: none existed).
 

@@ -13,10 +13,11 @@ from typing import NoReturn
 import torch
 
 from gptb_ds.atomic_files import replace_file
+from gptb_ds.checkpoint.format import Manifest
 from gptb_ds.checkpoint.identity import changed_settings, check_identity
 from gptb_ds.checkpoint.model_files import model_files
 from gptb_ds.checkpoint.reader import CheckpointReader
-from gptb_ds.checkpoint.resume import choose_checkpoint
+from gptb_ds.checkpoint.resume import choose_checkpoint, is_own
 from gptb_ds.checkpoint.writer import SaveError
 from gptb_ds.config import Config, ConfigError, save_config
 from gptb_ds.distributed.error_report import report
@@ -35,6 +36,7 @@ from gptb_ds.training.run_folder import RunFolder
 from gptb_ds.training.schedule import BatchPlan, run_tokens
 from gptb_ds.training.sinks import FOLDERS
 from gptb_ds.training.stop_requests import StopRequests
+from gptb_ds.training.train_state import RunFacts
 from gptb_ds.training.trainer import Trainer, TrainingError
 
 
@@ -140,19 +142,23 @@ def _find_start(inputs: Inputs, folder: RunFolder, world: World, reporter: Repor
     reader = world.on_all_ranks(CheckpointReader, checkpoint)
     manifest = reader.manifest
     world.on_all_ranks(check_identity, manifest, facts.identity, checkpoint)
-    key, done = ("updates", manifest.step) if facts.train.tokens is None else ("tokens", manifest.tokens)
-    if manifest.tokens > run_tokens(facts.train, BatchPlan(facts.window_tokens, facts.train.batch_phases())):
-        raise ConfigError(
-            f"train.{key} {getattr(facts.train, key)}: {checkpoint} is after {done} {key} already; give a number"
-            " above that, name an earlier checkpoint with --run.resume, or another --run.dir"
-        )
-    own = world.on_rank0(folder.owns, checkpoint)
+    world.on_rank0(_must_not_be_beyond_the_end, manifest, facts, checkpoint)
+    own = world.on_rank0(is_own, checkpoint, folder.path)
     metrics = reporter.metrics_file if own else checkpoint.parent.parent / reporter.metrics_file.name
     # Here, where a broken line costs nothing yet: it is read again when the metrics are cut.
     found = world.on_rank0(_read_if_there, metrics)
     changes = "; ".join(changed_settings(manifest, facts.settings))
     reporter.say(f"resuming from {checkpoint} (update {manifest.step})" + (f"; changed: {changes}" if changes else ""))
     return _Start(reader, metrics if found else None, left_behind)
+
+
+def _must_not_be_beyond_the_end(manifest: Manifest, facts: RunFacts, checkpoint: Path) -> None:
+    key, done = ("updates", manifest.step) if facts.train.tokens is None else ("tokens", manifest.tokens)
+    if manifest.tokens > run_tokens(facts.train, BatchPlan(facts.window_tokens, facts.train.batch_phases())):
+        raise ConfigError(
+            f"train.{key} {getattr(facts.train, key)}: {checkpoint} is after {done} {key} already; give a number"
+            " above that, name an earlier checkpoint with --run.resume, or another --run.dir"
+        )
 
 
 def _has_trained(metrics: Path) -> bool:

@@ -54,14 +54,14 @@ class Sink(Protocol):
         """No line comes after this."""
 
 
-def open_sinks(names: Sequence[str], run: Path) -> dict[str, Sink]:
+def open_sinks(names: Sequence[str], run_folder: Path) -> dict[str, Sink]:
     """The sinks of `run.monitor` by name. Nothing is on the disk before one of them follows."""
     makers: dict[str, Callable[[Path], Sink]] = {
         "tensorboard": TensorBoardSink,
         "csv": CsvSink,
         "wandb": WandbSink,
     }
-    return {name: makers[name](run) for name in names}
+    return {name: makers[name](run_folder) for name in names}
 
 
 def check_sinks(names: Sequence[str]) -> None:
@@ -86,8 +86,8 @@ def check_sinks(names: Sequence[str]) -> None:
 class CsvSink:
     """RUN/csv/NAME/Train_loss.csv and so on: `step,loss`, a row an update, as DeepSpeed's monitor lays them out."""
 
-    def __init__(self, run: Path) -> None:
-        self.folder = run / "csv" / run.name
+    def __init__(self, run_folder: Path) -> None:
+        self.folder = run_folder / "csv" / run_folder.name
         self._files: dict[str, AppendedFile] = {}
 
     def follow(self, lines: Sequence[Metrics]) -> None:
@@ -152,8 +152,8 @@ class TensorBoardSink:
     is kept until the disk takes it (see `AppendedFile`).
     """
 
-    def __init__(self, run: Path) -> None:
-        self.folder = run / "tensorboard" / run.name
+    def __init__(self, run_folder: Path) -> None:
+        self.folder = run_folder / "tensorboard" / run_folder.name
         self._file: AppendedFile | None = None
 
     def follow(self, lines: Sequence[Metrics]) -> None:
@@ -229,17 +229,18 @@ class WandbSink:
     and the files of the old one go. Rows have the update as their step.
     """
 
-    def __init__(self, run: Path) -> None:
-        self.folder, self._group = run, run.name
-        self._place = run / "wandb" / "gptb-ds.json"
+    def __init__(self, run_folder: Path) -> None:
+        self.folder, self._group = run_folder, run_folder.name
+        self._place = run_folder / "wandb" / "gptb-ds.json"
         self._run: Any = None
         self._id, self._lines = "", 0
 
     def follow(self, lines: Sequence[Metrics]) -> None:
         self.close()
         left = self._left_by_the_last_start()
-        continues = left.get("lines") == len(lines) and isinstance(left.get("id"), str)
-        self._id = left["id"] if continues else secrets.token_hex(4)
+        known = left.get("id")
+        continues = left.get("lines") == len(lines) and isinstance(known, str)
+        self._id = str(known) if continues else secrets.token_hex(4)
         if not continues and (self.folder / "wandb").exists():
             shutil.rmtree(self.folder / "wandb")
         self._start()
@@ -281,7 +282,7 @@ class WandbSink:
             self._run.log(values, step=line["update"])
         progress_made(f"W&B, update {line['update']}")
 
-    def _left_by_the_last_start(self) -> dict[str, Any]:
+    def _left_by_the_last_start(self) -> dict[str, object]:
         try:
             left = json.loads(self._place.read_bytes())
         except (OSError, ValueError):

@@ -37,7 +37,12 @@ class StopRequests:
             signal.signal(number, handler)
 
     def ignore_more(self) -> None:
-        """For a process on its way out: to be asked once more must not become its exit code."""
+        """Ignores signals from now on.
+
+        Schedulers repeat themselves: Slurm sends SIGTERM again half a minute after the first. This process has its
+        checkpoint and is ending with exit code 85, which has it requeued. With Python's own handlers back in place, a
+        second signal would end it with another code, and the run would not be requeued.
+        """
         for number in SIGNALS:
             self._old[number] = signal.SIG_IGN
             signal.signal(number, signal.SIG_IGN)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
@@ -27,8 +26,8 @@ class RunFacts:
     train: TrainConfig
     run: RunConfig
     bytes_per_target: float | None
-    identity: dict[str, Any]
-    settings: dict[str, Any]
+    identity: dict[str, object]
+    settings: dict[str, object]
 
     @property
     def window_tokens(self) -> int:

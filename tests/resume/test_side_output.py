@@ -86,7 +86,7 @@ def test_a_refused_start_changes_nothing(monitored: Path, store: Path, offline: 
         ("metrics.jsonl:", {}),
         ("data.seed was 0", {"data__seed": 9}),
         ("train.updates 6: ", {"train__updates": 6}),
-        ("is after update 8 already", {"train__updates": 6}),
+        ("is after 8 updates already", {"train__updates": 6}),
     ):
         job = train(run, store, expect=2, run__monitor=MONITOR, **options)
         assert words in job.text(0) and "Traceback" not in job.text(0)
