@@ -54,9 +54,10 @@ class Corpus:
     def bytes_per_target(self, max_document_tokens: int | None = None) -> float | None:
         """Text bytes for each target (a piece's tokens and its EOT): nats per target become bits per byte by it.
 
-        Of all documents once, or of each store's share. None: a store was made of tokens, whose bytes nobody knows.
+        Of all documents once, or of each store's share. None: it would mean nothing, because some targets do not count
+        (nobody knows how many bytes those have that do), or because the tokens of a store stand for no text.
         """
-        if not all(store.num_bytes for store in self.stores):
+        if any(store.counted is not None or not store.num_bytes for store in self.stores):
             return None
         targets = [pieces.inputs for pieces in self.pieces(max_document_tokens)]
         shares = self.shares or [count / sum(targets) for count in targets]

@@ -16,8 +16,8 @@ from gptb_ds.training.noise_scale import NoiseScale
 class RunFacts:
     """What a run is: its numbers, what must be the same when it resumes (`identity`), what may differ (`settings`).
 
-    `lanes` and `window` are L and K. `bytes_per_target` turns nats into bits per byte of text; None where the bytes of
-    the text are not known, as in a store of tokens.
+    `lanes` and `window` are L and K. `bytes_per_target` turns nats into bits per byte of text; None where they mean
+    nothing, see `Corpus.bytes_per_target`.
     """
 
     lanes: int

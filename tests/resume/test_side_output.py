@@ -15,6 +15,7 @@ import pytest
 import tests.training_runs
 from gptb_ds.checkpoint.format import checkpoint_folder
 from gptb_ds.cli import main
+from gptb_ds.data.writer import write_manifest
 from gptb_ds.training.metrics import read_metrics
 from tests.metric_sinks import READERS, expected
 from tests.training_runs import TINY, flip_a_byte, losses, metrics, rewind, train, with_environment
@@ -123,7 +124,7 @@ def masked_store(folder: Path, counted: int) -> Path:
     records = []
     for number in range(20):
         ids = [2 + (number + n) % 200 for n in range(60)]
-        labels = [token if counted and n == 30 and number < counted else -100 for n, token in enumerate(ids)]
+        labels = [token if n == 30 and number < counted else -100 for n, token in enumerate(ids)]
         records.append({"input_ids": ids, "labels": labels})
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     args = ["--labels-field", "labels", "--holdout", "0", "--out", str(folder / "store")]
@@ -132,7 +133,14 @@ def masked_store(folder: Path, counted: int) -> Path:
 
 
 def test_a_store_in_which_nothing_counts_is_refused(offline: Path):
-    job = train(offline / "nothing", masked_store(offline / "masked", 0), expect=2)
+    store = masked_store(offline / "masked", 1)
+    counted = store / "train" / "counted.bin"
+    counted.write_bytes(bytes(counted.stat().st_size))  # as when all that counts is held out
+    facts = json.loads((store / "store.json").read_text())
+    (store / "store.json").unlink()
+    derived = ("format", "files", "fingerprint", "manifest_checksum")
+    write_manifest(store, {key: value for key, value in facts.items() if key not in derived})
+    job = train(offline / "nothing", store, expect=2)
     assert "no target of the training split counts in the loss" in job.text(0)
     assert not (offline / "nothing" / "metrics.jsonl").exists()
 
