@@ -78,6 +78,11 @@ def requeued(rank: int) -> None:
     os.environ["SLURM_RESTART_COUNT"] = "1"
 
 
+def wandb_offline(rank: int) -> None:
+    """W&B keeps what it gets on the disk, and prints nothing."""
+    os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+
+
 def hangs_in_reading(rank: int) -> None:
     """Rank 1 never comes back from reading its inputs."""
     import gptb_ds.training.setup as setup

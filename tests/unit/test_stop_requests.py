@@ -45,3 +45,21 @@ def test_clocks_and_files_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert not stop.pending()
         stop.watch(None, None, time.monotonic(), margin=61)
         assert stop.pending()
+
+
+def test_a_request_is_heard_when_the_clock_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with StopRequests() as stop:
+        stop.watch(tmp_path / "stop", 3600, time.monotonic() - 3599.9, margin=0)
+        stop.pending()
+        real = time.time
+        monkeypatch.setattr(time, "time", lambda: real() - 3600)
+        time.sleep(0.2)
+        assert stop.pending() and "time limit" in str(stop.reason)
+    with StopRequests() as stop:
+        stop.watch(tmp_path / "stop", None, time.monotonic(), margin=0)
+        assert not stop.pending()
+        monkeypatch.setattr(time, "time", lambda: real() - 7200)
+        (tmp_path / "stop").touch()
+        while not stop.pending():  # it looks once a second
+            time.sleep(0.05)
+        assert "exists" in str(stop.reason)
