@@ -12,21 +12,10 @@ import torch.distributed as dist
 
 from gptb_ds.distributed.watchdog import Watchdog
 from gptb_ds.distributed.world import World
-from tests.distributed.ranks import run_ranks
-from tests.training_runs import metrics, start
+from tests.harness.processes import run_ranks
+from tests.harness.training import metrics, start, wait_for_lines
 
 HANG_SECONDS = 4
-
-
-def lines_of(run: Path) -> int:
-    return len(metrics(run)) if (run / "metrics.jsonl").exists() else 0
-
-
-def wait_for_lines(run: Path, number: int) -> None:
-    end = time.monotonic() + 120
-    while lines_of(run) < number:
-        assert time.monotonic() < end, "training did not get that far"
-        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -34,14 +23,14 @@ def wait_for_lines(run: Path, number: int) -> None:
 def test_a_pause_longer_than_hang_seconds_ends_nothing(ranks: int, store: Path, tmp_path: Path):
     run = tmp_path / "run"
     job = start(run, store, ranks=ranks, train__updates=100_000, run__save_every=0, run__hang_seconds=HANG_SECONDS)
-    wait_for_lines(run, 3)
+    wait_for_lines(run, 3, job)
     for rank in range(ranks):
         job.signal(signal.SIGSTOP, rank)
     time.sleep(3 * HANG_SECONDS)  # the pause itself: its length is the point, no answer is awaited
-    before = lines_of(run)
+    before = len(metrics(run))
     for rank in range(ranks):
         job.signal(signal.SIGCONT, rank)
-    wait_for_lines(run, before + 20)
+    wait_for_lines(run, before + 20, job)
     job.signal(signal.SIGTERM, 0)
     assert job.wait(60) == [85] * ranks, job.text()
     assert "no progress" not in job.text()
