@@ -1,4 +1,4 @@
-"""Nothing: `python -m gptb_ds VERB` is `gptb-ds VERB`, so that every launcher can start it."""
+"""`python -m gptb_ds VERB` is `gptb-ds VERB`, so that every launcher can start it."""
 
 import sys
 

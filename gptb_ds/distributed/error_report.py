@@ -1,4 +1,4 @@
-"""How a rank speaks of its own end: once, with its name, and not when it only echoes another's."""
+"""Error reports of a rank: its own fault with the traceback, another rank's end as one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ECHOES = (
 )
 
 
-def report(error: BaseException, world: World) -> None:
+def report_error(error: BaseException, world: World) -> None:
     """Prints a fault on standard error: its traceback, or one line when another rank's end caused it."""
     me = f"[rank {world.rank} on {world.host}]" if world.size > 1 else "gptb-ds train:"
     if world.size > 1 and _is_echo(error):

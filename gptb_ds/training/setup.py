@@ -20,7 +20,7 @@ from gptb_ds.checkpoint.reader import CheckpointReader
 from gptb_ds.checkpoint.resume import choose_checkpoint, is_own
 from gptb_ds.checkpoint.writer import SaveError
 from gptb_ds.config import Config, ConfigError, save_config
-from gptb_ds.distributed.error_report import report
+from gptb_ds.distributed.error_report import report_error
 from gptb_ds.distributed.join import JoinError, join, leave
 from gptb_ds.distributed.watchdog import Watchdog, progress_made
 from gptb_ds.distributed.world import World, is_shared
@@ -64,7 +64,7 @@ def train(config: Config, stop: StopRequests) -> int:
                 _speak(error, world)
             _end(USAGE if isinstance(error, ValueError) else FAULT)
         except BaseException as error:
-            report(error, world)
+            report_error(error, world)
             _end(FAULT)
         try:
             code = _run(trainer, folder, world)
@@ -81,7 +81,7 @@ def train(config: Config, stop: StopRequests) -> int:
             if world.rank == 0:  # all ranks raise these
                 _speak(error, world)
         except BaseException as error:
-            report(error, world)
+            report_error(error, world)
         _end(FAULT)
 
 

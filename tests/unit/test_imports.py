@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "gptb_ds"
-MODULES = sorted(path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
+from tests.harness.structure import MODULES, PACKAGE, PACKAGES, imports_of, packages_of
 
 # What each package, or module beside the packages, may import of the others.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -42,31 +41,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONLY_IN = {"deepspeed": {Path("training/engine"), Path("training/fp32_state")}}
 
 
-def imports_of(module: Path) -> set[str]:
-    """Full names of all that a module imports, wherever in it. `import_module` of the verbs counts as `commands`."""
-    tree = ast.parse((PACKAGE / module).with_suffix(".py").read_text())
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                assert node.level == 1 and module.parts[0] == "model", f"{module}: relative import"
-            base = ".".join(["gptb_ds", *module.parts[:-1]]) + "." if node.level else ""
-            names |= {
-                f"{base}{node.module or ''}",
-                *(f"{base}{node.module or ''}.{alias.name}" for alias in node.names),
-            }
-    return names
-
-
-def packages_of(module: Path) -> set[str]:
-    """The packages of ours, other than its own, that a module imports."""
-    own = module.parts[0]
-    found = {name.split(".")[1] for name in imports_of(module) if name.startswith("gptb_ds.")}
-    return {name for name in found if name in MAY_IMPORT} - {own}
-
-
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_a_module_imports_only_what_its_package_may(module: Path):
     assert packages_of(module) <= MAY_IMPORT[module.parts[0]]
@@ -76,6 +50,7 @@ def test_a_module_imports_only_what_its_package_may(module: Path):
 
 
 def test_packages_have_no_cycle_and_no_edge_is_allowed_in_vain():
+    assert MAY_IMPORT.keys() == PACKAGES
     list(TopologicalSorter(MAY_IMPORT).static_order())  # raises CycleError
     used: dict[str, set[str]] = {name: set() for name in MAY_IMPORT}
     for module in MODULES:
