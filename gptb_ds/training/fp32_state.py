@@ -39,6 +39,8 @@ ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 class DeepSpeedChangedError(ConfigError):
     """The installed DeepSpeed lacks an internal that is needed here; the message says which, and for what."""
 
+    shared = True  # every rank finds it, and rank 0 speaks for all
+
 
 @dataclass(frozen=True)
 class Internal:

@@ -29,7 +29,11 @@ class RunFolder:
         self._lock = FileLock(self.path / "lock", fallback_to_soft=False)
         self.checkpoints = self.path / "checkpoints"
         world.on_rank0(self._take)
-        world.on_rank0(self._probe)
+        try:
+            world.on_rank0(self._probe)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _take(self) -> None:
         try:
