@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,12 +49,17 @@ class DataConfig(Group):
     max_document_tokens: int | None = Field(
         None, ge=1, description="cut longer documents into pieces of so many tokens"
     )
+    skip: list[str] = Field(
+        [], description="LANES:FROM-TO = columns that are read but not learnt from, say 0-15:20000-20479"
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _one_path_is_a_list(cls, values: Any) -> Any:
         if isinstance(values, dict):
             values = dict(values)
+            if isinstance(values.get("skip"), str):
+                values["skip"] = [values["skip"]]
             if isinstance(values.get("path"), str):
                 values["path"] = [values["path"]]
             if isinstance(values.get("weights"), (int, float, str)):
@@ -72,6 +78,27 @@ class DataConfig(Group):
                     f"data.weights {self.weights} must all be above 0; leave out a store that has no share"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _skips_are_lanes_and_columns(self) -> DataConfig:
+        self.skips()
+        return self
+
+    def skips(self) -> tuple[tuple[range, range], ...]:
+        """(lanes, columns) of each skip. Raises ValueError naming one that is none."""
+        found = []
+        for text in self.skip:
+            match = re.fullmatch(r"(\d+)(?:-(\d+))?:(\d+)(?:-(\d+))?", text)
+            first, last, begin, end = (int(n) if n else None for n in match.groups()) if match else (None,) * 4
+            lanes = range(first or 0, (first or 0 if last is None else last) + 1)
+            columns = range(begin or 0, (begin or 0 if end is None else end) + 1)
+            if first is None or not lanes or not columns or lanes.stop > self.lanes:
+                raise ValueError(
+                    f"data.skip {text!r}: must be LANES:FROM-TO, such as 0-15:20000-20479, with lanes of 0 to"
+                    f" {self.lanes - 1} and columns that ascend"
+                )
+            found.append((lanes, columns))
+        return tuple(found)
 
 
 class OptimConfig(Group):

@@ -6,7 +6,7 @@ Axes: B lanes of this rank, K steps of a window.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,24 @@ class Window:
     def to(self, device: torch.device) -> Window:
         """The window on `device`; a copy out of pinned memory is not waited for."""
         return self._from_parts([[tensor.to(device, non_blocking=True)] for tensor in self._tensors()])[0]
+
+    def without(self, skips: Sequence[tuple[range, range]], first_lane: int, first_column: int) -> Window:
+        """With loss weights of 0 where the columns of `skips`, (lanes, columns), are; `first_...` are this window's.
+
+        All ranks must call it with the same skips and column: any skip in these columns gives all of them loss weights,
+        so that they count targets alike.
+        """
+        steps = range(first_column, first_column + self.targets.shape[0])
+        here = [
+            (lanes, columns) for lanes, columns in skips if columns.start < steps.stop and columns.stop > steps.start
+        ]
+        if not here:
+            return self
+        weights_KB = torch.ones(self.targets.shape) if self.loss_weights is None else self.loss_weights.clone()
+        for lanes, columns in here:
+            low, high = max(lanes.start - first_lane, 0), max(lanes.stop - first_lane, 0)
+            weights_KB[max(columns.start - first_column, 0) : columns.stop - first_column, low:high] = 0
+        return replace(self, loss_weights=weights_KB)
 
     def split_lanes(self, groups: int) -> list[Window]:
         """Its lanes in `groups` equal parts, without copying: part g has the lanes g, g + groups, g + 2 groups, ...

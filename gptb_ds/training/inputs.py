@@ -78,6 +78,7 @@ def read_inputs(config: Config, world: World) -> Inputs:
         bytes_per_target=corpus.bytes_per_target(config.data.max_document_tokens),
         identity=_identity(config, windows, model),
         settings=_settings(config, world, policy),
+        skips=config.data.skips(),
     )
     held_out = _held_out(config, world, corpus)
     warnings = [] if held_out else [f"nothing is held out in {' '.join(config.data.path)}: no evaluation"]
@@ -149,5 +150,10 @@ def _settings(config: Config, world: World, policy: Policy) -> dict[str, object]
     """What may differ when the run resumes, and is said then."""
     settings: dict[str, object] = {f"optim.{key}": value for key, value in config.optim.model_dump().items()}
     settings |= {f"train.{key}": value for key, value in config.train.model_dump().items() if key != "seed"}
-    settings |= {"model.dropout": config.model.dropout, "world_size": world.size, "zero_stage": zero_stage(policy)}
+    settings |= {
+        "data.skip": config.data.skip,
+        "model.dropout": config.model.dropout,
+        "world_size": world.size,
+        "zero_stage": zero_stage(policy),
+    }
     return settings | offload_devices(policy)

@@ -17,7 +17,7 @@ class RunFacts:
     """What a run is: its numbers, what must be the same when it resumes (`identity`), what may differ (`settings`).
 
     `lanes` and `window` are L and K. `bytes_per_target` turns nats into bits per byte of text; None where they mean
-    nothing, see `Corpus.bytes_per_target`.
+    nothing, see `Corpus.bytes_per_target`. `skips` are (lanes, columns) that are read but not learnt from.
     """
 
     lanes: int
@@ -28,6 +28,7 @@ class RunFacts:
     bytes_per_target: float | None
     identity: dict[str, object]
     settings: dict[str, object]
+    skips: tuple[tuple[range, range], ...] = ()
 
     @property
     def window_tokens(self) -> int:

@@ -67,6 +67,8 @@ class WindowUpdates:
 
     def train(self, window: Window, state: TrainState) -> Iterator[Update]:
         """Makes the window's updates, one each time the next is asked for; then all lanes stand at its edge."""
+        first_lane, first_column = self._world.rank * window.lanes, state.tokens // self._facts.lanes
+        window = window.without(self._facts.skips, first_lane, first_column)
         number = self._next_number(state)
         groups = max(self._facts.train.lane_groups, number)
         counted = self._counted(window, number)

@@ -156,24 +156,37 @@ def cells() -> list[tuple[str, int]]:
 
 
 def runs_to_make(results: Results, seeds: int, tokens: int) -> Iterator[dict[str, Any]]:
-    """The runs that are still to be made, each chosen by what came before."""
-    for climbing in (False, True):
-        for contender, size in cells():
-            rate: float | None = FIRST_RATE[size]
-            while rate is not None:
-                run = {"contender": contender, "size": size, "lr": rate, "seed": 0, "tokens": tokens}
+    """The runs that are still to be made, each chosen by what came before: a first one of each cell, then the rest.
+
+    The cells that answer the question at its two ends come before the others.
+    """
+    for contender, size in cells():
+        yield from _climb(results, contender, size, tokens, first_only=True)
+    ends = [(c, s) for c, s in cells() if s != 4096 and c != "half-life"]
+    for chosen in (ends, [cell for cell in cells() if cell not in ends]):
+        for contender, size in chosen:
+            yield from _climb(results, contender, size, tokens)
+        for seed in range(1, seeds):
+            for contender, size in chosen:
+                rate = results.best_rate(contender, size, tokens)
+                run = {"contender": contender, "size": size, "lr": rate, "seed": seed, "tokens": tokens}
                 if results.bits(**run) is None:
                     yield run
-                best = RATES.index(results.best_rate(contender, size, tokens) or rate)
-                near = [RATES[i] for i in (best + 1, best - 1) if 0 <= i < len(RATES)]
-                untried = [lr for lr in near if results.bits(**(run | {"lr": lr})) is None]
-                rate = untried[0] if untried and climbing else None
-    for seed in range(1, seeds):
-        for contender, size in cells():
-            best_rate = results.best_rate(contender, size, tokens)
-            run = {"contender": contender, "size": size, "lr": best_rate, "seed": seed, "tokens": tokens}
-            if results.bits(**run) is None:
-                yield run
+
+
+def _climb(
+    results: Results, contender: str, size: int, tokens: int, first_only: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Runs with seed 0 until neither twice nor half the best learning rate is better."""
+    rate: float | None = FIRST_RATE[size]
+    while rate is not None:
+        run = {"contender": contender, "size": size, "lr": rate, "seed": 0, "tokens": tokens}
+        if results.bits(**run) is None:
+            yield run
+        best = RATES.index(results.best_rate(contender, size, tokens) or rate)
+        near = [RATES[i] for i in (best + 1, best - 1) if 0 <= i < len(RATES)]
+        untried = [lr for lr in near if results.bits(**(run | {"lr": lr})) is None]
+        rate = untried[0] if untried and not first_only else None
 
 
 def summary(results: Results, tokens: int) -> dict[tuple[str, int], dict[str, Any]]:
