@@ -37,6 +37,8 @@ from deepspeed.utils import logger  # noqa: E402
 from gptb_ds.training.fp32_state import Fp32State, leave_out_inference_kernel  # noqa: E402
 
 logger.setLevel(logging.WARNING)
+# Our Muon is none of the optimizers that DeepSpeed knows; tests/distributed/test_muon.py is the test that it asks for.
+logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())
 # DeepSpeed calls these under their old names; nothing that a user could do about it.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 leave_out_inference_kernel()
