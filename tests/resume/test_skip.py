@@ -9,7 +9,7 @@ import torch
 
 from gptb_ds.checkpoint.format import checkpoint_folder
 from gptb_ds.checkpoint.reader import CheckpointReader
-from tests.training_runs import losses, metrics, rewind, train
+from tests.harness.training import losses, metrics, rewind, train
 
 # Columns 25 to 29 lie in the fifth window of 6, lanes 2 to 5 on both of two ranks.
 SKIP = {"data__skip": ["2-5:25-29"], "run__eval_every": 0}
