@@ -5,11 +5,14 @@ Axes: B lanes of this rank or lane group, K steps, S slots, E embedding, V vocab
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .gradient_sums import Fp32GradientSums, recomputed_in
 from .modeling import GPTBLMHeadModel
 
 # Logits kept for the backward pass at once: above so many, the head is recomputed piece by piece.
@@ -23,11 +26,16 @@ class WindowObjective(nn.Module):
     state that leaves the window is detached, so no gradient ever crosses its edge.
     """
 
-    def __init__(self, model: GPTBLMHeadModel, recompute_every: int = 0) -> None:
-        """`recompute_every` = c > 0 keeps only the states of every c-th step and recomputes inside."""
+    def __init__(self, model: GPTBLMHeadModel, recompute_every: int = 0, fp32_sums: bool | None = None) -> None:
+        """`recompute_every` = c > 0 keeps only the states of every c-th step and recomputes inside.
+
+        `fp32_sums`: gradients through time are summed by `Fp32GradientSums`; off, by autograd, in the weights' type.
+        None: where weights have fewer than 32 bits. A compiled step leaves its matrices to autograd.
+        """
         super().__init__()
         self.model = model
         self.recompute_every = recompute_every
+        self.fp32_sums = fp32_sums
 
     def forward(
         self,
@@ -42,31 +50,41 @@ class WindowObjective(nn.Module):
         Shapes: ids, targets, reset and weights (K, B); state (B, S-1, E). A mean of per-rank means would be wrong when
         ranks count different numbers of targets; the caller divides by the global count.
         """
-        hidden_KBE, new_state_BSE = self.model.transformer.unroll(
-            input_ids_KB, state_BSE, reset_KB, self.recompute_every if torch.is_grad_enabled() else 0
-        )
-        hidden_RE = hidden_KBE.flatten(0, 1)  # (K, B, E) -> (K*B, E)
-        weights_R = None if weights_KB is None else weights_KB.reshape(-1)
-        loss = self._head_loss(hidden_RE, targets_KB.reshape(-1), weights_R)
+        sums = self._gradient_sums(state_BSE)
+        with sums or nullcontext():
+            hidden_KBE, new_state_BSE = self.model.transformer.unroll(
+                input_ids_KB, state_BSE, reset_KB, self.recompute_every if torch.is_grad_enabled() else 0, sums
+            )
+            hidden_RE = hidden_KBE.flatten(0, 1)  # (K, B, E) -> (K*B, E)
+            weights_R = None if weights_KB is None else weights_KB.reshape(-1)
+            loss = self._head_loss(hidden_RE, targets_KB.reshape(-1), weights_R, sums)
         return loss, new_state_BSE.detach()
 
+    def _gradient_sums(self, like: torch.Tensor) -> Fp32GradientSums | None:
+        wanted = like.dtype in (torch.bfloat16, torch.float16) if self.fp32_sums is None else self.fp32_sums
+        return Fp32GradientSums() if wanted and torch.is_grad_enabled() else None
+
     def _head_loss(
-        self, hidden_RE: torch.Tensor, targets_R: torch.Tensor, weights_R: torch.Tensor | None
+        self,
+        hidden_RE: torch.Tensor,
+        targets_R: torch.Tensor,
+        weights_R: torch.Tensor | None,
+        sums: Fp32GradientSums | None,
     ) -> torch.Tensor:
         rows = max(1, HEAD_ELEMENTS // self.model.config.vocab_size)
         if hidden_RE.shape[0] <= rows:
             return self._rows_loss(hidden_RE, targets_R, weights_R)
         loss = hidden_RE.new_zeros((), dtype=torch.float32)
-        for start in range(0, hidden_RE.shape[0], rows):
-            part = slice(start, start + rows)
-            weights = None if weights_R is None else weights_R[part]
+        # split and not slicing: the backward of each slice fills a gradient for all rows with zeros, so that the pieces
+        # together would move bytes with the square of their number.
+        weights = [None] * -(-len(targets_R) // rows) if weights_R is None else weights_R.split(rows)
+        for piece in zip(hidden_RE.split(rows), targets_R.split(rows), weights, strict=True):
             loss = loss + checkpoint(
                 self._rows_loss,
-                hidden_RE[part],
-                targets_R[part],
-                weights,
+                *piece,
                 use_reentrant=False,
                 preserve_rng_state=False,
+                context_fn=recomputed_in(sums),
             )
         return loss
 

@@ -7,6 +7,7 @@ slots.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .cache import GPTBCache
+from .gradient_sums import Fp32GradientSums, recomputed_in
 from .outputs import GPTBModelOutput
 
 # Columns embedded and kept at once when no gradient is needed: the memory of a prompt of any length.
@@ -96,13 +98,15 @@ class SlotRecurrence(nn.Module):
         state_BSE: torch.Tensor | None = None,
         reset_KB: torch.Tensor | None = None,
         recompute_every: int = 0,
+        sums: Fp32GradientSums | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Consumes K token columns, time first as a window holds them: (last slot's outputs (K, B, E), new state).
 
         `input_ids_KB` (K, B) whole numbers. `state_BSE` (B, S-1, E), None = the learned initial state in every lane.
         `reset_KB` (K, B) bool: where it is set, the lane's state becomes the initial state before that token is read;
         no gradient reaches the state it replaces. `recompute_every` = c > 0 keeps only the state at every c-th step for
-        the backward pass and recomputes inside: same gradients, also with dropout.
+        the backward pass and recomputes inside: same gradients, also with dropout. `sums`: what adds up the gradients
+        of the weights, when the caller has entered it.
 
         It calls the module and not a function of it: DeepSpeed's hooks, which gather `initial_embeds` at ZeRO-3, stand
         on `nn.Module.__call__`.
@@ -110,7 +114,7 @@ class SlotRecurrence(nn.Module):
         Raises ValueError for shapes that do not fit, and on the CPU for a token outside the vocabulary (on a GPU the
         check would stall it: there the embedding itself raises a device-side assertion).
         """
-        return self(input_ids_KB, state_BSE, reset_KB, recompute_every, time_major=True)
+        return self(input_ids_KB, state_BSE, reset_KB, recompute_every, time_major=True, sums=sums)
 
     def forward(
         self,
@@ -127,6 +131,7 @@ class SlotRecurrence(nn.Module):
         return_dict: bool | None = None,
         keep_last: int = 0,
         time_major: bool = False,
+        sums: Fp32GradientSums | None = None,
     ) -> Any:
         """As `unroll`, but lanes first and as transformers' base models are called.
 
@@ -140,7 +145,7 @@ class SlotRecurrence(nn.Module):
         if time_major:
             assert input_ids is not None
             self._check_inputs(input_ids, None, past_hidden_states, reset, recompute_every)
-            unrolled = self._unroll(input_ids, None, past_hidden_states, reset, None, recompute_every)
+            unrolled = self._unroll(input_ids, None, past_hidden_states, reset, None, recompute_every, sums=sums)
             return unrolled.hidden_KBE, unrolled.states[-1]
         ids_TB, embeds_TBE, reset_TB = (_turned(tensor) for tensor in (input_ids, inputs_embeds, reset))
         self._check_inputs(ids_TB, embeds_TBE, past_hidden_states, reset_TB, recompute_every)
@@ -187,6 +192,7 @@ class SlotRecurrence(nn.Module):
         keep_last: int = 0,
         keep_states: int = 1,
         with_layers: bool = False,
+        sums: Fp32GradientSums | None = None,
     ) -> Unrolled:
         given = ids_KB if ids_KB is not None else embeds_KBE
         assert given is not None
@@ -195,6 +201,8 @@ class SlotRecurrence(nn.Module):
         # A copy, not the parameter: under ZeRO-3 recomputation may find the parameter itself released.
         initial_SE = like_E.clone()
         context = self.slot_context(like_E)
+        if sums is not None:  # each column takes a copy in the weights' type: their gradients meet here, in float32
+            initial_SE, context = _widened(initial_SE), tuple(map(_widened, context))
         state_BSE = initial_SE.expand(lanes, -1, -1) if state_BSE is None else state_BSE.to(like_E)
         recomputed = bool(recompute_every) and torch.is_grad_enabled() and recompute_every < steps
         chunk = recompute_every if recomputed else (steps if torch.is_grad_enabled() else READ_CHUNK)
@@ -207,7 +215,9 @@ class SlotRecurrence(nn.Module):
             part = slice(start, start + len(tokens))
             columns = tokens, resets[part], masks[part], states[-1], initial_SE, context
             if recomputed and not with_layers:
-                *outputs, state_BSE = checkpoint(self._steps, *columns, use_reentrant=False)
+                *outputs, state_BSE = checkpoint(
+                    self._steps, *columns, use_reentrant=False, context_fn=recomputed_in(sums)
+                )
                 states = [state_BSE]
             else:
                 seen: list[torch.Tensor] = []
@@ -256,11 +266,15 @@ class SlotRecurrence(nn.Module):
         layers: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """The last slot's outputs (B, 1, E) of each column, and the state after them. Adds to `states`, `layers`."""
-        step = self._compiled_step if self._compiled_step and layers is None else type(self)._step
+        compiled = self._compiled_step is not None and layers is None
+        step = self._compiled_step if compiled else type(self)._step
         extra = () if layers is None else (layers,)
         outputs = []
         for token_B1E, reset_B11, mask_B11 in zip(tokens, resets, masks, strict=True):
-            hidden_B1E, state_BSE = step(self, token_B1E, reset_B11, mask_B11, state_BSE, initial_SE, context, *extra)
+            shared = (_narrowed(initial_SE, token_B1E), tuple(_narrowed(x, token_B1E) for x in context))
+            # Without `Fp32GradientSums`: its bookkeeping in backward is no part of a graph that can be compiled.
+            with torch._C.DisableTorchFunction() if compiled else nullcontext():
+                hidden_B1E, state_BSE = step(self, token_B1E, reset_B11, mask_B11, state_BSE, *shared, *extra)
             outputs.append(hidden_B1E)
             if states is not None:
                 states.append(state_BSE)
@@ -369,6 +383,17 @@ def check_state(state_BSE: torch.Tensor | None, lanes: int, config: Any) -> None
         raise ValueError(
             f"past_hidden_states has shape {tuple(state_BSE.shape)}; expected {expected}: (lanes, num_slots - 1, width)"
         )
+
+
+def _widened(shared: Any) -> Any:
+    """What all columns share, in float32 if it has fewer bits."""
+    narrow = torch.is_tensor(shared) and shared.dtype in (torch.bfloat16, torch.float16)
+    return shared.float() if narrow else shared
+
+
+def _narrowed(shared: Any, like: torch.Tensor) -> Any:
+    floating = torch.is_tensor(shared) and shared.is_floating_point()
+    return shared.to(like.dtype) if floating else shared
 
 
 def _turned(tensor_BT: torch.Tensor | None) -> torch.Tensor | None:
