@@ -48,6 +48,9 @@ class Reporter:
         lines = self._log.cut_after(update, evaluated)
         for name, sink in self._sinks.items():
             self._to_sink(name, sink.follow, lines)
+        # One that could not begin stays out until the next start, which brings it up to date: to try again at each
+        # update would wait for a lost network each time, and leave holes.
+        self._sinks = {name: sink for name, sink in self._sinks.items() if name not in self._failing}
 
     def start(self, update: int, last: int) -> None:
         """Training begins after `update` updates, of `last` in all: time counts from here."""

@@ -42,7 +42,7 @@ def values_of(line: Metrics) -> dict[str, float]:
 
 
 class Sink(Protocol):
-    """Where metrics go. A sink may raise anything: the reporter goes on without it."""
+    """Where metrics go: first it follows, then lines are added. It may raise anything: the reporter goes on."""
 
     def follow(self, lines: Sequence[Metrics]) -> None:
         """Makes the sink hold exactly these lines, whatever it held."""
@@ -161,8 +161,7 @@ class TensorBoardSink:
         self.close()
         old = sorted(self.folder.parent.rglob("*tfevents*"))
         times = {(tag, step): seconds for path in old for tag, step, seconds in _events_in(path)}
-        _only_folder(self.folder)
-        old = sorted(self.folder.glob("*tfevents*"))
+        self.folder.mkdir(parents=True, exist_ok=True)
         new = self.folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         content = io.BytesIO()
         _write_event(content, time.time(), file_version="brain.Event:2")
@@ -171,15 +170,14 @@ class TensorBoardSink:
                 seconds = times.get((name, line["update"]), time.time())
                 _write_event(content, seconds, line["update"], name, value)
             progress_made("bringing TensorBoard up to date")
+        replace_file(new, content.getvalue())
         for path in old:
             path.unlink()
-        replace_file(new, content.getvalue())
+        _only_folder(self.folder)
         self._file = AppendedFile(new)
 
     def write(self, line: Metrics) -> None:
-        if self._file is None:
-            self.follow([])
-        assert self._file is not None
+        assert self._file is not None, "first it follows"
         content = io.BytesIO()
         for name, value in values_of(line).items():
             _write_event(content, time.time(), line["update"], name, value)
@@ -250,8 +248,6 @@ class WandbSink:
                 self._log(line)
 
     def write(self, line: Metrics) -> None:
-        if self._run is None:
-            self.follow([])
         self._log(line)
         self._lines += 1
 

@@ -128,6 +128,26 @@ def test_a_full_disk_of_sinks_ends_nothing(on_save_error: str, tmp_path: Path, c
         assert_follows(rows, tmp_path / "run")  # and nothing was lost or torn
 
 
+def test_a_sink_that_cannot_begin_is_named_once_and_left_out(
+    sink: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    reporter = reporter_of(run, [sink, "csv"])
+    (run / sink).write_text("a file where the sink's folder is to be")
+    reporter.follow(-1)
+    for update in range(1, 4):
+        reporter.update(line(update))
+    reporter.close()
+    assert capsys.readouterr().out.count(f"WARNING: run.monitor {sink}: ") == 1
+    assert [values["update"] for values in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
+    assert sink == "csv" or csv_files(run).keys() == expected(run).keys()
+    (run / sink).unlink()
+    again = reporter_of(run, [sink])
+    again.follow(3)
+    again.close()
+    assert_follows(READERS[sink](run), run)
+
+
 def test_wandb_without_a_key_is_refused_in_one_line():
     pytest.importorskip("wandb")
     program = "from gptb_ds.training.sinks import check_sinks; check_sinks(['wandb'])"
