@@ -32,6 +32,9 @@ NAMES = {
     "eval_bits_per_byte": "Eval/bits_per_byte",
 }
 
+# Seconds that a run waits for W&B's server at its start and at its end: well below the time after which the other ranks
+# would call the job hung. What was not sent by then is on the disk, for `wandb sync`.
+_PATIENCE = 60.0
 # Their folders in the run's, all of those that there are.
 FOLDERS = ("tensorboard", "csv", "wandb")
 
@@ -76,7 +79,8 @@ def check_sinks(names: Sequence[str]) -> None:
         ) from None
     remedy = "run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline to keep the run's data in its folder"
     try:
-        usable = wandb.setup().settings.mode != "online" or wandb.login(prompt=False)
+        # Not verified with the server: a network that is down when a job is requeued must not refuse it.
+        usable = wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
     except Exception as error:  # of several kinds; all are about the key or the settings
         raise ConfigError(f"run.monitor wandb: {' '.join(str(error).split())}; {remedy}") from None
     if not usable:
@@ -269,7 +273,9 @@ class WandbSink:
             dir=str(self.folder),
             id=self._id,
             resume="allow",
-            settings=wandb.Settings(console="off"),
+            settings=wandb.Settings(
+                console="off", init_timeout=_PATIENCE, finish_timeout=_PATIENCE, finish_timeout_raises=True
+            ),
         )
 
     def _log(self, line: Metrics) -> None:
