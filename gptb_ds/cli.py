@@ -6,11 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
 
 from gptb_ds.exit_codes import DONE, FAULT, USAGE
+from gptb_ds.suggestions import nearest
 
 # Each is a module of gptb_ds.commands with `add_arguments(parser)` and `run(args) -> exit code`. It is imported when it
 # is asked for: `--help` and a `prepare` that has nothing to do must not wait for torch.
@@ -35,11 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="\n".join(f"  {name:<12} {text}" for name, text in VERBS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the verbs below")
+    parser.add_argument("verb", metavar="VERB", help="one of the verbs below")
     # The deepspeed launcher puts --local_rank=N first, before the verb.
     while argv and argv[0].startswith("--local_rank="):
         argv.pop(0)
     verb = parser.parse_args(argv[:1]).verb
+    if verb not in VERBS:
+        parser.error(f"{verb}: no such verb; {_hint(nearest(verb, VERBS), 'there are ' + ', '.join(VERBS))}")
     try:
         return import_module(f"gptb_ds.commands.{verb}").run(parse(verb, argv[1:]))
     except ValueError as error:
@@ -59,16 +61,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(verb: str, argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a verb's command line. Exits with 2, after one line, on an option that there is not."""
+    """The arguments of a verb's command line. Exits with 2, after a line for each option that there is not."""
     parser = _Parser(prog=f"gptb-ds {verb}", description=VERBS[verb], allow_abbrev=False)
     import_module(f"gptb_ds.commands.{verb}").add_arguments(parser)
     args, unknown = parser.parse_known_args(argv)
-    for word in unknown:
+    # The values of options that there are not are unknown too, but nobody asks about them.
+    options = [word for word in unknown if word.startswith("-")]
+    if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
-        near = get_close_matches(word.split("=")[0], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"`gptb-ds {verb} --help` lists what there is"
-        parser.error(f"{word}: no such {'option' if word.startswith('-') else 'argument'}; {hint}")
+        listed = f"`gptb-ds {verb} --help` lists what there is"
+        lines = [
+            f"{word}: no such option; {_hint(nearest(word.split('=')[0], known), listed)}" for word in options
+        ] or [f"{word}: no such argument; {listed}" for word in unknown]
+        parser.error(f"\n{parser.prog}: ".join(lines))
     return args
+
+
+def _hint(near: str | None, otherwise: str) -> str:
+    return f"did you mean {near}?" if near else otherwise
 
 
 def _is_first_of_job() -> bool:

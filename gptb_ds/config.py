@@ -9,6 +9,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from gptb_ds.suggestions import nearest
+
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -372,12 +374,22 @@ def _read_yaml(source: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def _keys() -> list[str]:
+    """Every key that a configuration may have, dotted, and its groups."""
+    keys = list(Config.model_fields)
+    for group, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Group):
+            keys += [f"{group}.{key}" for key in field.annotation.model_fields]
+    return keys
+
+
 def _line(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         return f"{where}: required; give --{where} VALUE or set it in the configuration file"
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key; `gptb-ds train --help` lists them"
+        near = nearest(where, _keys())
+        return f"{where}: unknown key; " + (f"did you mean {near}?" if near else "`gptb-ds train --help` lists them")
     if error["type"] == "value_error":  # a cross-field check of ours: it names the keys itself
         return str(error["ctx"]["error"])
     return f"{where}: {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"

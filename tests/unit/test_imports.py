@@ -16,7 +16,8 @@ from tests.harness.structure import MODULES, PACKAGE, PACKAGES, imports_of, pack
 MAY_IMPORT: dict[str, set[str]] = {
     "exit_codes": set(),
     "atomic_files": set(),
-    "config": set(),
+    "suggestions": set(),
+    "config": {"suggestions"},
     "model": set(),
     "data": {"atomic_files", "config"},
     "distributed": {"exit_codes"},
@@ -31,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plot": {"training"},
     "doctor": {"data"},
     "commands": {"checkpoint", "config", "data", "doctor", "evaluation", "export", "generation", "plot"} | {"training"},
-    "cli": {"commands", "exit_codes"},
+    "cli": {"commands", "exit_codes", "suggestions"},
     "__main__": {"cli"},
     "auto_classes": {"model"},
     "baselines": set(),
