@@ -1,11 +1,31 @@
-"""Export: a run or a checkpoint as a folder that `transformers` loads."""
+"""Export: a run or a checkpoint as a folder that `transformers` loads anywhere, with the model's own code in it."""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
+from transformers import GenerationConfig
+
+from gptb_ds import model as model_package
 from gptb_ds.loading import load_any
+from gptb_ds.model.configuration import UNLIMITED
+
+# The files of `model/` that an exported folder carries: what `modeling` imports, which imports nothing else of ours.
+CODE = ("attention", "cache", "configuration", "modeling", "outputs", "recurrence")
+AUTO_MAP = {
+    "AutoConfig": "configuration.GPTBConfig",
+    "AutoModel": "modeling.GPTBModel",
+    "AutoModelForCausalLM": "modeling.GPTBLMHeadModel",
+}
 
 
 @dataclass(frozen=True)
@@ -17,14 +37,116 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> Path:
-    """Writes the folder and returns it.
+    """Writes the folder, whole or not at all, and returns it.
 
-    Raises ValueError for a model that can't be used or a folder that has something in it.
+    It holds the weights (safetensors, float32), the configuration, the tokenizer, settings for `generate`, a model card
+    and the model's code, so that `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` loads it where
+    this package is not installed.
+
+    Raises ValueError for a model that can't be used or a folder that has something in it, OSError when the disk does
+    not take it.
     """
     out = Path(options.out)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: is not empty; name a new folder")
     model, tokenizer = load_any(options.model)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    config: Any = model.config
+    # Other programs take n_positions for the longest text; slots have positions here, tokens have no limit.
+    config.slot_positions, config.n_positions = config.position_rows, UNLIMITED
+    config.auto_map = AUTO_MAP
+    tokenizer.model_max_length = UNLIMITED
+    tokenizer.padding_side = "left"
+    # A tokenizer in Python saves what it was made with, not what it was set to.
+    tokenizer.init_kwargs["padding_side"] = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+    eot_id = config.eos_token_id
+    generation: Any = GenerationConfig(bos_token_id=eot_id, eos_token_id=eot_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = generation
+    with _whole_or_not_at_all(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for name in CODE:
+            shutil.copyfile(Path(model_package.__file__).parent / f"{name}.py", folder / f"{name}.py")
+        (folder / "README.md").write_text(_card(options.model, config), encoding="utf-8")
     return out
+
+
+@contextmanager
+def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place at the end, and is gone if there is no end."""
+    unfinished = out.parent / f".{out.name}.unfinished-{os.getpid()}"
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for path in [*unfinished.rglob("*"), unfinished]:
+            _sync(path)
+        os.replace(unfinished, out)  # an empty folder may stand there
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"the weights can't be written: {error}", str(out)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(out)) from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _card(source: str, config: Any) -> str:
+    """The model card: what this is, the run's figures, and how to use it."""
+    facts = {"slots": config.num_slots, "blocks": config.num_hidden_layers, "width": config.hidden_size}
+    facts |= {"heads": config.num_attention_heads, "vocabulary": config.vocab_size} | _figures(Path(source))
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gptb, recurrent]
+---
+
+# A GPTB model
+
+A recurrent transformer: at each step it reads one token beside a state of {config.num_slots - 1} vectors and hands its
+outputs back as the next state. Its context has no limit, and a token costs the same however many came before it.
+Trained with GPTB-DS.
+
+| | |
+| --- | --- |
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# trust_remote_code: the model's code is in the folder; not needed where gptb_ds is imported
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+prompt = tokenizer((tokenizer.eos_token or tokenizer.bos_token) + "Once upon a time", add_special_tokens=False,
+                   return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100, do_sample=True, top_k=0)[0]))
+```
+
+A document began with the end of text in training, so a prompt does. `past_key_values` is the state; it can be saved
+(`past_key_values.save(file, model)`).
+"""
+
+
+def _figures(source: Path) -> dict[str, Any]:
+    """What the run's metrics say about the model, as far as they are there."""
+    at_end = (source / "metrics.jsonl").is_file()
+    metrics = source / "metrics.jsonl" if at_end else source.parent.parent / "metrics.jsonl"
+    step = None if at_end else source.name.removeprefix("step-")
+    figures: dict[str, Any] = {}
+    try:
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        for line in lines:
+            if step is None or line["update"] <= int(step):
+                kept = ("update", "tokens", "loss", "eval_loss", "eval_bits_per_byte")
+                figures |= {name.replace("_", " "): line[name] for name in kept if line.get(name) is not None}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}  # a model without its run, or with one that stopped amid a line: the card does without
+    return figures
