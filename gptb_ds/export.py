@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -19,8 +20,6 @@ from gptb_ds import model as model_package
 from gptb_ds.loading import load_any
 from gptb_ds.model.configuration import UNLIMITED
 
-# The files of `model/` that an exported folder carries: what `modeling` imports, which imports nothing else of ours.
-CODE = ("attention", "cache", "configuration", "modeling", "outputs", "recurrence")
 AUTO_MAP = {
     "AutoConfig": "configuration.GPTBConfig",
     "AutoModel": "modeling.GPTBModel",
@@ -66,10 +65,24 @@ def export(options: ExportOptions) -> Path:
     with _whole_or_not_at_all(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for name in CODE:
-            shutil.copyfile(Path(model_package.__file__).parent / f"{name}.py", folder / f"{name}.py")
+        for path in code_files():
+            shutil.copyfile(path, folder / path.name)
         (folder / "README.md").write_text(_card(options.model, config), encoding="utf-8")
     return out
+
+
+def code_files() -> list[Path]:
+    """The files of `model/` that an exported folder carries: `modeling` and what it imports, which is all relative."""
+    package = Path(model_package.__file__).parent
+    found: dict[str, Path] = {}
+    names = ["modeling"]
+    while names:
+        name = names.pop()
+        if name not in found:
+            found[name] = package / f"{name}.py"
+            tree = ast.walk(ast.parse(found[name].read_text(encoding="utf-8")))
+            names += [node.module for node in tree if isinstance(node, ast.ImportFrom) and node.level and node.module]
+    return [found[name] for name in sorted(found)]
 
 
 @contextmanager
