@@ -5,7 +5,7 @@ Importing it costs next to nothing, and transformers' Auto classes know GPTB fro
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptb_ds import auto_classes
 
@@ -17,10 +17,11 @@ __all__ = ["GPTBConfig", "GPTBLMHeadModel", "GPTBModel"]
 auto_classes.register()
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type:
     """The model's classes, loaded when they are asked for."""
     if name not in __all__:
         raise AttributeError(f"module 'gptb_ds' has no attribute '{name}'")
     from gptb_ds import model
 
-    return getattr(model, name)
+    found: type = getattr(model, name)
+    return found

@@ -8,7 +8,6 @@ from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
 
 # Where transformers defines AutoConfig, which finds the class of a configuration by its `model_type`.
 _TABLE = "transformers.models.auto.configuration_auto"
@@ -34,10 +33,10 @@ class _Late(type):
     while transformers loads its table: that may happen amid the import of the very GPT-2 that our model stands on.
     """
 
-    def __getattr__(cls, name: str) -> Any:
+    def __getattr__(cls, name: str) -> object:
         return getattr(import_module("gptb_ds.model").GPTBConfig, name)
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, *args: object, **kwargs: object) -> object:
         return import_module("gptb_ds.model").GPTBConfig(*args, **kwargs)
 
 

@@ -7,8 +7,6 @@ Axes: B lanes, K steps of a window, E embedding, H cells of an LSTM layer, N lay
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
@@ -149,7 +147,7 @@ class LSTMBaseline(PreTrainedModel):
             outputs.append(y_1BE[0])
         return self.drop(torch.stack(outputs)), state
 
-    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
         """Logits (B, T, V) from an empty state."""
         reset_TB = torch.zeros_like(input_ids.t(), dtype=torch.bool)
         hidden_TBE, _ = self.unroll(input_ids.t(), self.empty_state(input_ids.shape[0]), reset_TB)

@@ -7,10 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from gptb_ds.exit_codes import DONE, FAULT, USAGE
 from gptb_ds.suggestions import nearest
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 # Each is a module of gptb_ds.commands with `add_arguments(parser)` and `run(args) -> exit code`. It is imported when it
 # is asked for: `--help` and a `prepare` that has nothing to do must not wait for torch.
@@ -93,6 +96,6 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: {message}\n")
 
-    def _print_message(self, message: str, file: Any = None) -> None:
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         if _is_first_of_job():
             super()._print_message(message, file)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from gptb_ds.suggestions import nearest
 
@@ -57,7 +59,7 @@ class DataConfig(Group):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_path_is_a_list(cls, values: Any) -> Any:
+    def _one_path_is_a_list(cls, values: object) -> object:
         if isinstance(values, dict):
             values = dict(values)
             if isinstance(values.get("skip"), str):
@@ -167,7 +169,7 @@ class TrainConfig(Group):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_phase_is_a_list(cls, values: Any) -> Any:
+    def _one_phase_is_a_list(cls, values: object) -> object:
         if isinstance(values, dict) and "updates_per_window" in values:
             phases = values["updates_per_window"]
             phases = phases if isinstance(phases, list) else [phases]
@@ -257,7 +259,7 @@ class RunConfig(Group):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_monitor_is_a_list(cls, values: Any) -> Any:
+    def _one_monitor_is_a_list(cls, values: object) -> object:
         if isinstance(values, dict) and isinstance(values.get("monitor"), str):
             values = dict(values) | {"monitor": [values["monitor"]]}
         return values
@@ -332,7 +334,7 @@ def divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
-def load_config(source: str | None, overrides: dict[str, Any]) -> Config:
+def load_config(source: str | None, overrides: Mapping[str, object]) -> Config:
     """The configuration of a recipe's name or YAML file, with dotted `overrides` on top.
 
     Raises `ConfigError` with one line for each thing that is wrong: key, value and remedy.
@@ -342,9 +344,10 @@ def load_config(source: str | None, overrides: dict[str, Any]) -> Config:
         *groups, name = key.split(".")
         target = values
         for group in groups:
-            target = target.setdefault(group, {})
-            if not isinstance(target, dict):
-                raise ConfigError(f"{source}: '{group}' must hold keys, not the value {target!r}")
+            inner = target.setdefault(group, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{source}: '{group}' must hold keys, not the value {inner!r}")
+            target = inner
         target[name] = value
     try:
         return Config.model_validate(values)
@@ -357,7 +360,7 @@ def save_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
-def _read_yaml(source: str) -> dict[str, Any]:
+def _read_yaml(source: str) -> dict[str, object]:
     path = Path(source)
     recipe = RECIPES / f"{source}.yaml"
     if not path.is_file() and recipe.is_file():
@@ -383,7 +386,7 @@ def _keys() -> list[str]:
     return keys
 
 
-def _line(error: Any) -> str:
+def _line(error: ErrorDetails) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "missing":
         return f"{where}: required; give --{where} VALUE or set it in the configuration file"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 import re
-from typing import Any
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -20,7 +24,7 @@ class TextStream:
     _HELD = 3  # an unfinished UTF-8 character has at most three bytes
     _MOST = 32  # tokens kept when nothing but broken characters comes
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._skipped = set(tokenizer.all_special_ids)
         self._ids: list[int] = []
@@ -32,7 +36,7 @@ class TextStream:
         if token in self._skipped:  # gives no text, and does not end a run of bytes
             return ""
         self._ids.append(token)
-        self._in_bytes = bool(_BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or ""))
+        self._in_bytes = bool(_BYTE.fullmatch(str(self._tokenizer.convert_ids_to_tokens(token) or "")))
         if self._in_bytes:
             return ""
         text = self._decode(self._ids)
@@ -57,4 +61,4 @@ class TextStream:
         self._printed = max(0, len(self._decode(self._ids)) - unsure)
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gptb_ds.data import tokenization
+from gptb_ds.data.documents import Origin, StoreManifest
 from gptb_ds.data.encoding import Encoded, Encoder, Fields, held_out_key, read_documents
 from gptb_ds.data.readers import Record, Records, Tally
 from gptb_ds.data.sources import shown
@@ -44,8 +45,8 @@ class Plan:
     processes: int | None
 
 
-def build(work: Path, records: Records, plan: Plan, facts: dict[str, Any], say: Say) -> dict[str, Any]:
-    """Makes a whole store in the empty folder `work` and returns its manifest, `facts` included.
+def build(work: Path, records: Records, plan: Plan, origin: Origin, say: Say) -> StoreManifest:
+    """Makes a whole store in the empty folder `work` and returns its manifest, `origin` included.
 
     A document is held out when the hash of its content falls below the share `holdout`, so that equal documents fall on
     the same side and no order matters; at least one is where there are two. Raises ValueError, in one line, for what
@@ -74,18 +75,18 @@ def build(work: Path, records: Records, plan: Plan, facts: dict[str, Any], say: 
     if not splits["train"]["documents"]:
         left_out = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
         raise ValueError(
-            f"--source {' '.join(facts['sources'])}: nothing to train on, the corpus is empty ({left_out})"
+            f"--source {' '.join(origin['sources'])}: nothing to train on, the corpus is empty ({left_out})"
         )
     if not splits["train"]["counted"]:
         raise ValueError(
-            f"--source {' '.join(facts['sources'])}: no target counts in the loss, so there is nothing to learn;"
+            f"--source {' '.join(origin['sources'])}: no target counts in the loss, so there is nothing to learn;"
             " check the labels, the mask or the prompt's field"
         )
     shutil.rmtree(records.cache, ignore_errors=True)
     return write_manifest(
         work,
         {
-            **facts,
+            **origin,
             "tokenizer": tokenization.tokenizer_name(made),
             "tokenizer_fingerprint": tokenization.fingerprint(made),
             "vocab_size": encoder.vocab_size,
@@ -99,8 +100,8 @@ def build(work: Path, records: Records, plan: Plan, facts: dict[str, Any], say: 
     )
 
 
-def build_task(work: Path, task: Task, holdout: float, facts: dict[str, Any], say: Say) -> dict[str, Any]:
-    """Makes the store of a generated task in the empty folder `work` and returns its manifest, `facts` included."""
+def build_task(work: Path, task: Task, holdout: float, origin: Origin, say: Say) -> StoreManifest:
+    """Makes the store of a generated task in the empty folder `work` and returns its manifest, `origin` included."""
     made = task.tokenizer()
     vocab_size, eot, weighted = len(task.symbols), 0, not task.is_automaton
     say(f"generating {task.count:,} documents of {task.min_length} to {task.length}")
@@ -114,7 +115,7 @@ def build_task(work: Path, task: Task, holdout: float, facts: dict[str, Any], sa
     return write_manifest(
         work,
         {
-            **facts,
+            **origin,
             "tokenizer": f"task:{task.name} ({vocab_size} tokens)",
             "tokenizer_fingerprint": tokenization.fingerprint(made),
             "vocab_size": vocab_size,
@@ -152,7 +153,7 @@ def _training_texts(records: Records, plan: Plan) -> Iterator[str]:
             yield document.text
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def _save_tokenizer(tokenizer: tokenization.Tokenizer, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(folder)
     except OSError:

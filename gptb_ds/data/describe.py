@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from gptb_ds.data.documents import SPLITS, open_store, read_store_manifest
 from gptb_ds.data.lanes import Pieces
@@ -52,7 +51,7 @@ def _histogram(counts: list[int]) -> list[str]:
 def _epochs(path: Path, lanes: int | None, window: int, max_document_tokens: int | None) -> list[str]:
     store = open_store(path)
     pieces = Pieces(store.offsets, max_document_tokens)
-    longest: Any = store.manifest["splits"]["train"]["longest"]
+    longest = store.manifest["splits"]["train"]["longest"]
     if max_document_tokens is not None:
         longest = min(longest, max_document_tokens)
     cut = "" if max_document_tokens is None else f" cut into {pieces.count:,} pieces"

@@ -17,18 +17,72 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from gptb_ds.atomic_files import sha256_of
+
+if TYPE_CHECKING:
+    from gptb_ds.data.tokenization import Tokenizer
 from gptb_ds.data.tokenization import load_folder
 
 FORMAT = "gptb-ds store 1"
 SPLITS = ("train", "validation")
+
+
+class StoreFileFacts(TypedDict):
+    """Size, checksum of the whole, and checksum of the blocks that opening reads."""
+
+    size: int
+    sha256: str
+    sample: str
+
+
+class SplitFacts(TypedDict):
+    """Counts of one split. `histogram`: documents by length, below 1, 2, 4, 8, .. tokens."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    counted: int
+    longest: int
+    histogram: list[int]
+
+
+class Origin(TypedDict):
+    """Where a store comes from: the checksum of inputs and options, and the sources for people."""
+
+    recipe: str
+    sources: list[str]
+
+
+class StoreContent(Origin):
+    """What a store holds."""
+
+    tokenizer: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    eot_id: int
+    dtype: str
+    weighted: bool
+    own_targets: NotRequired[bool]
+    read_as: NotRequired[str]
+    splits: dict[str, SplitFacts]
+    skipped: dict[str, int]
+
+
+class StoreManifest(StoreContent):
+    """`store.json`: what the store holds, and what its files must be."""
+
+    format: str
+    files: dict[str, StoreFileFacts]
+    fingerprint: str
+    manifest_checksum: str
+
 
 _BLOCK = 1 << 16
 _BLOCKS = 256
@@ -41,7 +95,7 @@ class DocumentStore:
     `tokens` (num_tokens + N + 1) uint16 or uint32, `offsets` (N+1) int64, `counted` like `tokens` or None.
     """
 
-    def __init__(self, path: Path, split: str, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, split: str, manifest: StoreManifest) -> None:
         facts = manifest["splits"][split]
         self.path, self.split, self.manifest = path, split, manifest
         self.fingerprint = hashlib.sha256(f"{manifest['fingerprint']}/{split}".encode()).hexdigest()[:32]
@@ -53,7 +107,7 @@ class DocumentStore:
         self.num_tokens: int = facts["tokens"]
         self.num_bytes: int = facts["bytes"]
         self.tokens = _map(path / split / "tokens.bin", manifest["dtype"], scattered=True)
-        self.offsets = _map(path / split / "offsets.bin", "int64")
+        self.offsets: npt.NDArray[np.int64] = _map(path / split / "offsets.bin", "int64").view(np.int64)
         self.counted = None
         if manifest["weighted"]:
             self.counted = _map(path / split / "counted.bin", "uint8", scattered=True)
@@ -61,7 +115,7 @@ class DocumentStore:
         if manifest.get("own_targets"):
             self.targets = _map(path / split / "targets.bin", manifest["dtype"], scattered=True)
 
-    def document(self, index: int) -> npt.NDArray[Any]:
+    def document(self, index: int) -> npt.NDArray[np.integer]:
         """The tokens (n,) of one document, without its EOT."""
         return self.tokens[self.offsets[index] + 1 : self.offsets[index + 1]]
 
@@ -92,10 +146,10 @@ def open_store(path: str | Path, split: str = "train") -> DocumentStore:
     return store
 
 
-def read_store_manifest(path: Path) -> dict[str, Any]:
+def read_store_manifest(path: Path) -> StoreManifest:
     """The manifest of a store, checked against its own fingerprint. Raises ValueError, in one line."""
     try:
-        manifest = json.loads((path / "store.json").read_text())
+        manifest: StoreManifest = json.loads((path / "store.json").read_text())
     except FileNotFoundError:
         hint = "an interrupted prepare leaves none" if path.is_dir() else "there is no such folder"
         raise ValueError(f"{path}: not a document store, store.json is missing ({hint}); run gptb-ds prepare") from None
@@ -108,7 +162,7 @@ def read_store_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """The transformers tokenizer that is saved in a store. Needs no network."""
     read_store_manifest(Path(path))
     return load_folder(Path(path) / "tokenizer")
@@ -141,13 +195,13 @@ def verify_store(path: str | Path) -> None:
                 raise ValueError(f"{path}/{split}: documents near number {low} do not start with EOT")
 
 
-def manifest_checksum(manifest: dict[str, Any]) -> str:
+def manifest_checksum(manifest: Mapping[str, object]) -> str:
     """Checksum of a manifest without its checksum."""
     content = {key: value for key, value in manifest.items() if key != "manifest_checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def file_facts(path: Path) -> dict[str, Any]:
+def file_facts(path: Path) -> StoreFileFacts:
     """What the manifest says of a file: size, checksum of the whole, checksum of the blocks that opening reads."""
     return {"size": path.stat().st_size, "sha256": sha256_of(path), "sample": digest_sample(path)}
 
@@ -169,7 +223,7 @@ def _sample_starts(size: int) -> Iterator[int]:
         yield from ((size - _BLOCK) * block // (_BLOCKS - 1) for block in range(_BLOCKS))
 
 
-def _check_file(path: Path, name: str, facts: dict[str, Any]) -> None:
+def _check_file(path: Path, name: str, facts: StoreFileFacts) -> None:
     file = path / name
     if not file.is_file():
         raise ValueError(f"{file}: missing; prepare the store again")
@@ -182,7 +236,7 @@ def _check_file(path: Path, name: str, facts: dict[str, Any]) -> None:
         raise ValueError(f"{file}: altered since the store was written; prepare the store again")
 
 
-def _map(path: Path, dtype: str, scattered: bool = False) -> npt.NDArray[Any]:
+def _map(path: Path, dtype: str, scattered: bool = False) -> npt.NDArray[np.integer]:
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if scattered and hasattr(mmap, "MADV_RANDOM"):

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gptb_ds.data import tokenization
 from gptb_ds.data.readers import Record
+
+Fielded = Mapping[str, object]  # a record's fields by name
 
 IGNORED = -100  # the label of a target that does not count, as in transformers
 
@@ -59,7 +60,7 @@ class Encoded:
 class Encoder:
     """Raw records -> tokens."""
 
-    def __init__(self, tokenizer: Any, fields: Fields, stop_on_error: bool) -> None:
+    def __init__(self, tokenizer: tokenization.Tokenizer, fields: Fields, stop_on_error: bool) -> None:
         self.tokenizer, self.fields, self.stop_on_error = tokenizer, fields, stop_on_error
         self.eot = tokenization.eot_id(tokenizer)
         self.vocab_size = tokenization.vocab_size(tokenizer)
@@ -80,7 +81,7 @@ class Encoder:
     def _encode_texts(self, documents: list[Document]) -> list[Encoded]:
         good = [number for number, document in enumerate(documents) if not document.error]
         ids = tokenization.encode(self.tokenizer, [documents[number].text for number in good])
-        prompts: list[Any] = [None] * len(good)
+        prompts: Sequence[npt.NDArray[np.integer] | None] = [None] * len(good)
         if self.fields.prompt:
             prompts = tokenization.encode(self.tokenizer, [documents[number].prompt for number in good])
         rows = [Encoded(error=document.error) for document in documents]
@@ -98,6 +99,7 @@ class Encoder:
         if document.error:
             return Encoded(error=document.error)
         ids, counted = document.ids, document.counted
+        assert ids is not None
         if len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
             worst = int(ids.min() if ids.min() < 0 else ids.max())
             return Encoded(
@@ -111,7 +113,7 @@ class Encoder:
             ids, counted = ids[:-1], None if counted is None else counted[:-1]
         if len(ids) and ids[0] == self.eot:
             ids, counted = ids[1:], None if counted is None else counted[1:]
-        text = self.tokenizer.decode(ids.tolist())
+        text = str(self.tokenizer.decode(ids.tolist()))
         return self._filled(ids, counted, len(text.encode(errors="replace")), ids.tobytes())
 
     def _filled(
@@ -129,8 +131,8 @@ class Document:
     error: str | None = None
     text: str = ""
     prompt: str = ""
-    ids: Any = None
-    counted: Any = None
+    ids: npt.NDArray[np.int64] | None = None
+    counted: npt.NDArray[np.uint8] | None = None
 
     def content(self) -> bytes:
         """The UTF-8 text, prompt included."""
@@ -148,12 +150,13 @@ def read_documents(records: Iterable[Record], fields: Fields) -> Iterator[Docume
         try:
             if record.error:
                 raise ValueError(record.error)
-            if record.kind == "text":
-                content: Any = {fields.text: _decode(record.content, record.where)}
+            content: Fielded
+            if not isinstance(record.content, bytes):
+                content = _checked(record.content, record.where)
             elif record.kind == "json":
                 content = _parse(record.content, record.where)
             else:
-                content = _checked(record.content, record.where)
+                content = {fields.text: _decode(record.content, record.where)}
             yield _understand(content, record.where, fields)
         except ValueError as error:
             # A field's name may hold half a character, which can be neither printed nor written.
@@ -170,7 +173,7 @@ def _decode(raw: bytes, where: str) -> str:
         ) from None
 
 
-def _parse(raw: bytes, where: str) -> dict[str, Any]:
+def _parse(raw: bytes, where: str) -> Fielded:
     text = _decode(raw, where)
     try:
         record = json.loads(text)
@@ -181,21 +184,22 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
     return _checked(record, where)
 
 
-def _checked(record: Any, where: str) -> dict[str, Any]:
+def _checked(record: object, where: str) -> Fielded:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: a JSON record must be an object with fields, not {type(record).__name__}")
     return record
 
 
-def _understand(record: dict[str, Any], where: str, fields: Fields) -> Document:
+def _understand(record: Fielded, where: str, fields: Fields) -> Document:
     for name in fields.names():
         if record.get(name) is None:
             has = ", ".join(str(key) for key, value in record.items() if value is not None) or "none"
             raise ValueError(f"{where}: no field '{name}' (it has {has}); name the field with its option")
     if fields.ids:
         return _token_document(record, where, fields)
-    document = Document(where, text=record[fields.text], prompt=record[fields.prompt] if fields.prompt else "")
-    for field, value in ((fields.text, document.text), (fields.prompt, document.prompt)):
+    texts = []
+    for field in (fields.text, fields.prompt):
+        value = record[field] if field else ""
         if not isinstance(value, str):
             raise ValueError(f"{where}: the field '{field}' is {type(value).__name__}, not text")
         try:
@@ -204,10 +208,11 @@ def _understand(record: dict[str, Any], where: str, fields: Fields) -> Document:
             escaped = "\udc80" <= value[error.start] <= "\udcff"  # how a byte that is not UTF-8 is read
             wrong = "is not UTF-8" if escaped else "has a lone surrogate"
             raise ValueError(f"{where}: the field '{field}' {wrong} at character {error.start}: not Unicode") from None
-    return document
+        texts.append(value)
+    return Document(where, text=texts[0], prompt=texts[1])
 
 
-def _token_document(record: dict[str, Any], where: str, fields: Fields) -> Document:
+def _token_document(record: Fielded, where: str, fields: Fields) -> Document:
     assert fields.ids is not None
     ids = _numbers(record, fields.ids, where)
     counted = None
@@ -227,7 +232,7 @@ def _token_document(record: dict[str, Any], where: str, fields: Fields) -> Docum
     return Document(where, ids=ids, counted=counted)
 
 
-def _numbers(record: dict[str, Any], name: str, where: str) -> npt.NDArray[np.int64]:
+def _numbers(record: Fielded, name: str, where: str) -> npt.NDArray[np.int64]:
     try:
         values = np.asarray(record[name])
         if values.ndim == 1 and (values.dtype.kind in "iub" or not values.size):

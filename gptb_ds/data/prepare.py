@@ -10,14 +10,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from filelock import FileLock
 
 from gptb_ds.config import below_one
 from gptb_ds.data import tokenization
 from gptb_ds.data.build import Plan, Say, build, build_task
-from gptb_ds.data.documents import FORMAT, SPLITS, read_store_manifest
+from gptb_ds.data.documents import FORMAT, SPLITS, Origin, StoreManifest, read_store_manifest
 from gptb_ds.data.encoding import Fields
 from gptb_ds.data.formats import reason
 from gptb_ds.data.readers import Records
@@ -75,7 +75,7 @@ class PrepareOptions:
             raise ValueError("\n".join(errors))
 
 
-def prepare(options: PrepareOptions, say: Say = lambda _: None) -> dict[str, Any]:
+def prepare(options: PrepareOptions, say: Say = lambda _: None) -> StoreManifest:
     """Makes the store of `options` unless it is there already; returns its manifest. Safe to run twice at once.
 
     `say` is given what a person should know. Raises ValueError, in one line, for what the user has to change, and
@@ -118,12 +118,12 @@ def _make(
     recipe: str,
     work: Path,
     say: Say,
-) -> dict[str, Any]:
-    facts = {"recipe": recipe, "sources": [shown(name) for name in options.source]}
+) -> StoreManifest:
+    origin: Origin = {"recipe": recipe, "sources": [shown(name) for name in options.source]}
     if sources[0].kind == "task":
         if options.tokenizer != "bytes":
             raise ValueError(f"--tokenizer {options.tokenizer}: a generated task has its own; leave the option out")
-        return build_task(work, parse_task(sources[0].name), options.holdout, facts, say)
+        return build_task(work, parse_task(sources[0].name), options.holdout, origin, say)
     plan = Plan(
         tokenizer=options.tokenizer,
         fields=_fields(options),
@@ -132,7 +132,7 @@ def _make(
         processes=options.num_proc,
     )
     records = Records(sources, reading, plan.fields.names(), work / "cache")
-    return build(work, records, plan, facts, say)
+    return build(work, records, plan, origin, say)
 
 
 def _unescaped(separator: str | None) -> str | None:
@@ -142,7 +142,7 @@ def _unescaped(separator: str | None) -> str | None:
     return re.sub(r"\\([nrt\\])", lambda m: {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}[m[1]], separator)
 
 
-def _warnings(manifest: dict[str, Any], holdout: float) -> list[str]:
+def _warnings(manifest: StoreManifest, holdout: float) -> list[str]:
     train, held_out = (manifest["splits"][split] for split in SPLITS)
     if holdout and not held_out["documents"]:
         return ["nothing is held out: it takes two different documents (--separator parts a text file into several)"]
@@ -183,12 +183,12 @@ def _recipe(options: PrepareOptions, sources: list[Source]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-def _stamp(file: Path) -> list[Any]:
+def _stamp(file: Path) -> list[str | int]:
     status = file.stat()
     return [str(file.absolute()), status.st_size, status.st_mtime_ns]
 
 
-def _existing(out: Path, recipe: str, overwrite: bool) -> dict[str, Any] | None:
+def _existing(out: Path, recipe: str, overwrite: bool) -> StoreManifest | None:
     """The manifest of the store that is wanted, when it is there. Raises ValueError when something else is."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -221,7 +221,7 @@ def _fields(options: PrepareOptions) -> Fields:
     return Fields(options.text_field, options.prompt_field, ids, options.labels_field, options.loss_mask_field)
 
 
-def _summary(manifest: dict[str, Any]) -> str:
+def _summary(manifest: StoreManifest) -> str:
     train, held_out = (manifest["splits"][split] for split in SPLITS)
     return (
         f"{train['documents']:,} documents of {train['tokens']:,} tokens to train on,"

@@ -9,14 +9,20 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Literal, TypeAlias
 
 from gptb_ds.data.formats import KIND_NAMES, TABLE_DELIMITERS, Format, identify, reading_errors, reason, unpacked
 from gptb_ds.data.sources import Reading, Source, shown
 from gptb_ds.data.tables import find_dialect, lines_of, read_rows
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
+    DataSet: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 _CHUNK = 1 << 24  # bytes of a text file that are looked through at once
 _ROWS_BYTES = 4 << 20  # about the most bytes of rows that are taken out of Parquet or Arrow at once
@@ -35,7 +41,7 @@ class Record:
 
     where: str
     kind: Literal["text", "json", "fields"]
-    content: Any
+    content: bytes | Mapping[str, object] | None
     size: int = 0
     error: str | None = None
 
@@ -63,7 +69,7 @@ class Records:
     def __init__(self, sources: list[Source], reading: Reading, fields: list[str], cache: Path) -> None:
         self.sources, self.reading, self.fields, self.cache = sources, reading, fields, cache
         self.tally = Tally()
-        self._opened: list[list[tuple[Path, Format]] | Any] = []
+        self._opened: list[list[tuple[Path, Format]] | DataSet] = []
 
     def open(self) -> None:
         """Looks at every file, and opens the data sets. Raises ValueError, in one line, for what can't be opened."""
@@ -230,7 +236,7 @@ def _read_columns(file: Path, name: str, kind: str, fields: list[str]) -> Iterat
         raise ValueError(reason(error)) from None
 
 
-def _read_data_set(data: Any, name: str, fields: list[str]) -> Iterator[Record]:
+def _read_data_set(data: DataSet, name: str, fields: list[str]) -> Iterator[Record]:
     import datasets
 
     if isinstance(data, datasets.IterableDataset):
@@ -243,7 +249,7 @@ def _read_data_set(data: Any, name: str, fields: list[str]) -> Iterator[Record]:
         yield from _rows_of(data.select_columns(fields).with_format("arrow").iter(size), shown(name))
 
 
-def _rows_of(batches: Any, name: str) -> Iterator[Record]:
+def _rows_of(batches: Iterable[pyarrow.RecordBatch | pyarrow.Table], name: str) -> Iterator[Record]:
     number = 0
     for batch in batches:
         size = max(1, min(1024, _ROWS_BYTES * batch.num_rows // max(1, batch.nbytes)))
@@ -259,7 +265,7 @@ def _lacking(name: str, fields: list[str], has: list[str]) -> str | None:
     return missing and f"{name}: no field '{missing}'; its fields are {', '.join(has)}"
 
 
-def _open_data_set(source: Source, reading: Reading, fields: list[str], cache: Path) -> Any:
+def _open_data_set(source: Source, reading: Reading, fields: list[str], cache: Path) -> DataSet | tuple[Path, ...]:
     """The data set, opened; or the files that hold its split, where it is a folder of them.
 
     `datasets` makes one table of a split's files and refuses those that differ, in columns nobody needs as well, so it
@@ -332,7 +338,7 @@ def read_json(stream: IO[bytes], name: str, fields: list[str]) -> Iterator[Recor
             yield Record(f"{name}:{at}", "json", line, len(line))
 
 
-def _whole_object(text: bytes) -> dict[str, Any] | None:
+def _whole_object(text: bytes) -> dict[str, object] | None:
     """The JSON object that the text begins with, if it is whole."""
     try:
         value, _ = json.JSONDecoder().raw_decode(text.decode(errors="ignore"))
@@ -369,15 +375,15 @@ def _read_values(text: str, name: str, fields: list[str]) -> Iterator[Record]:
         at = _skip_space(text, end)
 
 
-def _records_inside(value: Any, name: str, fields: list[str]) -> Iterator[Record]:
+def _records_inside(value: dict[str, object], name: str, fields: list[str]) -> Iterator[Record]:
     """The records of a file that is one object: its list of objects, its columns, or itself."""
     lists = {key: v for key, v in value.items() if isinstance(v, list) and v and all(isinstance(e, dict) for e in v)}
-    columns = [value.get(field) for field in fields]
+    columns = [column for field in fields if isinstance(column := value.get(field), list)]
     if len(lists) == 1 and not all(field in value for field in fields):
         ((key, elements),) = lists.items()
         for number, element in enumerate(elements, 1):
             yield Record(f"{name} ({key} {number})", "fields", element, len(str(element)))
-    elif all(isinstance(column, list) and isinstance((column or [None])[0], (str, list)) for column in columns):
+    elif len(columns) == len(fields) and all(isinstance((column or [None])[0], (str, list)) for column in columns):
         for number, row in enumerate(itertools.zip_longest(*columns), 1):
             yield Record(f"{name} (row {number})", "fields", dict(zip(fields, row, strict=True)), len(str(row)))
     else:

@@ -25,11 +25,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EOT, UNKNOWN = "<eot>", "<unk>"
 _LETTERS = [chr(ord("a") + n) for n in range(26)]
@@ -95,7 +98,7 @@ class Task:
         counted[answers] = 1
         return TaskDocument(np.array([ids[word] for word in words]), None, counted)
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """A transformers tokenizer of the task's symbols, with a blank between them."""
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast

@@ -6,16 +6,19 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 END = "<|endoftext|>"
 _LONGEST_WORD = 64  # bytes
 
 
-def load(spec: str, texts: Iterator[str]) -> Any:
+def load(spec: str, texts: Iterator[str]) -> Tokenizer:
     """The tokenizer of `--tokenizer`: `bytes`, `bpe:SIZE` (trained on `texts`), a store, a folder or a hub name.
 
     Raises ValueError, in one line, when there is no such tokenizer or it cannot be read.
@@ -44,7 +47,7 @@ class UnreadableTokenizerError(ValueError):
     """A tokenizer's file is there and can't be read; the message is one line with its name."""
 
 
-def load_folder(folder: Path) -> Any:
+def load_folder(folder: Path) -> Tokenizer:
     """The tokenizer that is saved in a folder: a tokenizer's, a model's or an export's. Needs no network.
 
     Raises ValueError, in one line, when the folder has none, or one that can't be read.
@@ -89,7 +92,7 @@ def check_spec(spec: str) -> None:
         )
 
 
-def eot_id(tokenizer: Any) -> int:
+def eot_id(tokenizer: Tokenizer) -> int:
     """The token between documents: end of sequence, or beginning where it has none. Raises ValueError without both."""
     for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         if token is not None:
@@ -100,24 +103,24 @@ def eot_id(tokenizer: Any) -> int:
     )
 
 
-def vocab_size(tokenizer: Any) -> int:
+def vocab_size(tokenizer: Tokenizer) -> int:
     """Embedding rows that the ids need: the largest id and one."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
-def tokenizer_name(tokenizer: Any) -> str:
+def tokenizer_name(tokenizer: Tokenizer) -> str:
     """A short name for people."""
     if is_bytes(tokenizer):
         return "bytes"
     return f"{tokenizer.name_or_path or 'bpe'} ({len(tokenizer)} tokens)"
 
 
-def is_bytes(tokenizer: Any) -> bool:
+def is_bytes(tokenizer: Tokenizer) -> bool:
     """Whether text is encoded as its UTF-8 bytes, three above their values (ByT5, Xue et al. 2022)."""
     return type(tokenizer).__name__ == "ByT5Tokenizer"
 
 
-def fingerprint(tokenizer: Any) -> str:
+def fingerprint(tokenizer: Tokenizer) -> str:
     """Equal for tokenizers that give equal ids, wherever they came from."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     facts = [
@@ -128,7 +131,7 @@ def fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
     """Token ids of each text. Text that spells a special token is text: it never becomes that token.
 
     Raises UnicodeEncodeError for a text with a lone surrogate.
@@ -148,7 +151,7 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[npt.NDArray[np.integer]
     return [np.asarray(row, dtype=np.int64) for row in ids]
 
 
-def _train_bpe(spec: str, texts: Iterator[str]) -> Any:
+def _train_bpe(spec: str, texts: Iterator[str]) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

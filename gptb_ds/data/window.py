@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -150,8 +149,8 @@ def _weigh_cut_ends(counted_BK: npt.NDArray[np.uint8], corpus: Corpus, plan: Cop
 
 
 def _copy(
-    rows_BK: npt.NDArray[Any],
-    sources: Sequence[npt.NDArray[Any] | None],
+    rows_BK: npt.NDArray[np.integer],
+    sources: Sequence[npt.NDArray[np.integer] | None],
     plan: CopyPlan,
     *,
     ahead: int = 0,

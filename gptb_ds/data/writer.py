@@ -10,11 +10,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
-from gptb_ds.data.documents import FORMAT, SPLITS, file_facts, manifest_checksum
+from gptb_ds.data.documents import (
+    FORMAT,
+    SPLITS,
+    SplitFacts,
+    StoreContent,
+    StoreManifest,
+    file_facts,
+    manifest_checksum,
+)
 
 
 class SplitWriter:
@@ -56,7 +64,7 @@ class SplitWriter:
         self.longest = max(self.longest, count)
         self.histogram[count.bit_length()] = self.histogram.get(count.bit_length(), 0) + 1
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> SplitFacts:
         """Ends the files, on disk, and returns what the manifest says of the split."""
         self._offsets.write(self._length.to_bytes(8, "little"))
         self._tokens.write(self._eot)
@@ -104,7 +112,7 @@ class SplitWriters:
             self._lowest.saw(key, self._train.documents, size)
             self._train.add(tokens, counted, size, targets)
 
-    def close(self) -> dict[str, dict[str, Any]]:
+    def close(self) -> dict[str, SplitFacts]:
         """Ends the files, on disk, and returns what the manifest says of each split."""
         facts = dict(zip(SPLITS, (self._train.close(), self._held_out.close()), strict=True))
         train, held_out = SPLITS
@@ -114,7 +122,7 @@ class SplitWriters:
             return self._move(held_out, train, self._highest)
         return facts
 
-    def _move(self, full: str, empty: str, moved: _Extreme) -> dict[str, dict[str, Any]]:
+    def _move(self, full: str, empty: str, moved: _Extreme) -> dict[str, SplitFacts]:
         """Writes the split that has everything again, without the documents that belong in the other."""
         old = self._folder / f"{full}.old"
         (self._folder / full).rename(old)
@@ -162,16 +170,22 @@ def _documents_of(folder: Path, writer: SplitWriter) -> Iterator[tuple[bytes, by
         )
 
 
-def write_manifest(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def write_manifest(folder: Path, content: StoreContent) -> StoreManifest:
     """Completes the store in `folder`: sizes and checksums of all its files, fingerprint, manifest; returns it.
 
     The fingerprint names the content (tokens, documents, tokenizer), not where or when it was prepared.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    manifest = {"format": FORMAT, **facts, "files": {p.relative_to(folder).as_posix(): file_facts(p) for p in files}}
-    content = [manifest["eot_id"], manifest["vocab_size"], manifest["tokenizer_fingerprint"]]
-    content += [manifest["files"][name]["sha256"] for name in manifest["files"] if name.split("/")[0] in SPLITS]
-    manifest["fingerprint"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    facts = {path.relative_to(folder).as_posix(): file_facts(path) for path in files}
+    print_of: list[int | str] = [content["eot_id"], content["vocab_size"], content["tokenizer_fingerprint"]]
+    print_of += [facts[name]["sha256"] for name in facts if name.split("/")[0] in SPLITS]
+    manifest: StoreManifest = {
+        "format": FORMAT,
+        **content,
+        "files": facts,
+        "fingerprint": hashlib.sha256(json.dumps(print_of).encode()).hexdigest()[:32],
+        "manifest_checksum": "",
+    }
     manifest["manifest_checksum"] = manifest_checksum(manifest)
     with (folder / "store.json").open("w") as file:
         json.dump(manifest, file, indent=1)
@@ -201,6 +215,6 @@ def replacing(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _sync(file: IO[Any]) -> None:
+def _sync(file: IO[bytes] | IO[str]) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -111,7 +111,7 @@ class MuonWithAdamW(torch.optim.AdamW):
 
     def __init__(
         self,
-        groups: list[dict[str, Any]],
+        groups: list[dict[str, object]],
         *,
         matrices: dict[str, Matrix],
         momentum: float,
