@@ -8,8 +8,8 @@ cd "$(dirname "$0")/.."
 # shellcheck source=launch/setup.sh
 source launch/setup.sh ""
 
-store=data/stdlib run=runs/demo
-gptb-ds prepare --source stdlib --tokenizer bytes --out "$store"
+store=data/stdlib-bpe run=runs/demo
+gptb-ds prepare --source stdlib --tokenizer bpe:2048 --out "$store"
 
 # Without GPUs: two ranks on the CPU.
 python -c 'import sys, torch; sys.exit(torch.cuda.device_count() == 0)' || export N=${N:-2}

@@ -190,7 +190,7 @@ def _climb(
 
 
 def summary(results: Results, tokens: int) -> dict[tuple[str, int], dict[str, Any]]:
-    """By contender and size: the best rate, the bits of its seeds, and the seconds of its first run."""
+    """By contender and size: the best rate, how many were tried, the bits of its seeds, and the updates of a run."""
     found = {}
     for contender, size in cells():
         lr = results.best_rate(contender, size, tokens)
@@ -202,12 +202,13 @@ def summary(results: Results, tokens: int) -> dict[tuple[str, int], dict[str, An
         ]
         if same:
             bits = [line["bits_per_byte"] for line in same]
-            found[contender, size] = {"lr": lr, "bits": bits, "seconds": statistics.median(x["seconds"] for x in same)}
+            first = [x for x in results.lines if (x["contender"], x["size"], x["seed"]) == (contender, size, 0)]
+            found[contender, size] = {"lr": lr, "tried": len(first), "bits": bits, "updates": same[0]["updates"]}
     return found
 
 
 def table(results: Results, tokens: int) -> str:
-    """Markdown: mean bits per byte over the seeds, their spread, the rate and the seconds."""
+    """Markdown: mean bits per byte over the seeds, half their range, the updates made and the best rate."""
     rows = ["| | " + " | ".join(f"{size:,} tokens an update" for size in SIZES) + " |", "| --- " * 4 + "|"]
     found = summary(results, tokens)
     for contender, label in LABELS.items():
@@ -217,9 +218,10 @@ def table(results: Results, tokens: int) -> str:
             if cell is None:
                 row.append("")
                 continue
-            bits, spread = cell["bits"], max(cell["bits"]) - min(cell["bits"])
-            seeds = f" ±{spread / 2:.3f} ({len(bits)} seeds)" if len(bits) > 1 else " (1 seed)"
-            row.append(f"{statistics.mean(bits):.3f}{seeds}, lr {cell['lr']:g}, {cell['seconds']:.0f} s")
+            bits, half = cell["bits"], (max(cell["bits"]) - min(cell["bits"])) / 2
+            seeds = f" ±{half:.3f} ({len(bits)} seeds)" if len(bits) > 1 else ""
+            tried = f"{cell['lr']:g} of {cell['tried']}"
+            row.append(f"**{statistics.mean(bits):.2f}**{seeds}; {cell['updates']:,} updates; {tried}")
         rows.append("| " + " | ".join(row) + " |")
     return "\n".join(rows)
 
