@@ -79,7 +79,8 @@ def _load_checkpoint(folder: Path) -> tuple[GPTBLMHeadModel, PreTrainedTokenizer
     reader = CheckpointReader(folder)
     model = GPTBLMHeadModel(_read_configuration(folder))
     parameters = dict(model.named_parameters())
-    reader.check_model({name: tuple(p.shape) for name, p in parameters.items()})
+    # Which moments there are is the optimizer's matter: only weights are read here.
+    reader.check_model({name: tuple(p.shape) for name, p in parameters.items()}, moments=None)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(reader.fetch("weight", name))

@@ -9,6 +9,7 @@ import torch
 
 from gptb_ds.checkpoint.format import checkpoint_folder
 from gptb_ds.checkpoint.reader import CheckpointReader
+from gptb_ds.loading import load_any
 from tests.harness.training import file_checksums, losses, metrics, rewind, train
 
 MUON = {"optim__name": "muon", "run__eval_every": 0, "optim__lr": 5e-3}
@@ -48,6 +49,14 @@ def test_a_checkpoint_has_each_parameters_own_moments_by_name(saved: Path):
             assert moment.shape == shape and moment.dtype == torch.float32 and moment.abs().max() > 0
         with pytest.raises(KeyError):
             reader.fetch("exp_avg" if taken else "momentum_buffer", name)
+
+
+@pytest.mark.slow
+def test_the_model_of_its_checkpoint_loads(saved: Path):
+    model, _ = load_any(str(saved))
+    reader = CheckpointReader(checkpoint_folder(saved, 12))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, reader.fetch("weight", name)), name
 
 
 @pytest.mark.slow
