@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from gptb_ds.data.tokenization import fingerprint, tokenizer_name
 from gptb_ds.data.window import Window
 from gptb_ds.distributed.world import World
 from gptb_ds.loading import load_any
+from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
 
 Objective = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -155,7 +155,7 @@ class TaskScore:
 
 @torch.no_grad()
 def score_task(
-    model: Any, task: Task, max_length: int, *, documents: int = 64, window: int = 64, seed: int = 1 << 32
+    model: GPTBLMHeadModel, task: Task, max_length: int, *, documents: int = 64, window: int = 64, seed: int = 1 << 32
 ) -> TaskScore:
     """Scores a model (in eval mode) on fresh documents of `max_length`, read step by step with the state carried on.
 
@@ -193,7 +193,9 @@ def _doublings(most: int) -> list[int]:
     return [*itertools.takewhile(lambda n: n < most, (10 << k for k in itertools.count())), most]
 
 
-def _answers(model: Any, documents: list[TaskDocument], window: int, device: torch.device) -> tuple[Ints, Ints]:
+def _answers(
+    model: GPTBLMHeadModel, documents: list[TaskDocument], window: int, device: torch.device
+) -> tuple[Ints, Ints]:
     """Right and asked answers at each position (T)."""
     inputs_TB, targets_TB, counted_TB = columns_of(documents)
     state_BSE = model.empty_state(len(documents))

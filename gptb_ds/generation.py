@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 from gptb_ds.data import tokenization
 from gptb_ds.loading import load_any
-from gptb_ds.model import GPTBCache
+from gptb_ds.model import GPTBCache, GPTBLMHeadModel
 from gptb_ds.text_stream import TextStream
 
 __all__ = ["GenerateOptions", "Sampling", "TextStream", "generate", "generate_batch", "generate_texts"]
@@ -60,7 +59,10 @@ class Sampling:
     def configuration(self, max_new_tokens: int, eot_id: int | None) -> GenerationConfig:
         """transformers' settings for this choice. Padding is masked, so any token can stand for it."""
         sample = self.temperature >= _COLDEST
-        numbers: dict[str, Any] = {"repetition_penalty": self.repetition_penalty, "num_beams": self.num_beams}
+        numbers: dict[str, float | int | None] = {
+            "repetition_penalty": self.repetition_penalty,
+            "num_beams": self.num_beams,
+        }
         if sample:
             # top_k 0: GenerationConfig's own default is the 50 likeliest.
             numbers |= {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p}
@@ -75,7 +77,7 @@ class Sampling:
 
 
 def generate(
-    model: Any,
+    model: GPTBLMHeadModel,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -89,7 +91,7 @@ def generate(
 
 
 def generate_batch(
-    model: Any,
+    model: GPTBLMHeadModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
@@ -142,7 +144,7 @@ def generate_batch(
     return [row[: row.index(eot_id)] if eot_id in row else row for row in new_BT.tolist()]
 
 
-def _end_of_text(model: Any) -> int | None:
+def _end_of_text(model: GPTBLMHeadModel) -> int | None:
     ids = model.config.eos_token_id
     return ids[0] if isinstance(ids, list) else ids
 
@@ -184,12 +186,12 @@ class StopAtText(StoppingCriteria):
     byte tokenizer and byte fallback do not have.
     """
 
-    def __init__(self, tokenizer: Any, texts: Sequence[str], prompt_tokens: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prompt_tokens: int) -> None:
         self._tokenizer, self._texts, self._begin = tokenizer, list(texts), prompt_tokens
         # A character has at most four tokens.
         self._window = 4 * max(map(len, texts)) + 32
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         newest = input_ids[:, self._begin :][:, -self._window :]
         texts = [_text_after(self._tokenizer, [], row) for row in newest.tolist()]
         stopped = [any(stop in text for stop in self._texts) for text in texts]
@@ -309,7 +311,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _given_state(options: GenerateOptions, model: Any, lanes: int) -> GPTBCache | None:
+def _given_state(options: GenerateOptions, model: GPTBLMHeadModel, lanes: int) -> GPTBCache | None:
     """The cache to read into: that of `state_in`, once for each prompt, or a new one if the state is to be saved."""
     if options.state_in is None:
         return GPTBCache() if options.state_out else None
@@ -320,7 +322,7 @@ def _given_state(options: GenerateOptions, model: Any, lanes: int) -> GPTBCache 
     return cache
 
 
-def _text_after(tokenizer: Any, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
+def _text_after(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
     stream = TextStream(tokenizer)
     for token in prompt_ids:
         stream.push(token)
