@@ -32,15 +32,26 @@ class ModelConfig(Group):
     n_head: int = Field(12, ge=1, description="attention heads a block")
     n_embd: int = Field(768, ge=1, description="E: width of a hidden vector")
     rebias: bool = Field(True, description="attention between slots is bidirectional; off, the model is memoryless")
+    recent_tokens: int = Field(
+        0, ge=0, description="C: of the S-1 carried vectors the last C are the embeddings of the last C tokens"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout of embeddings, attention and residuals")
     init_from: str | None = Field(None, description="GPT-2 folder or hub name whose weights start the blocks")
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> ModelConfig:
+    def _shape_holds_up(self) -> ModelConfig:
+        errors = []
         if self.n_embd % self.n_head:
-            raise ValueError(
+            errors.append(
                 f"model.n_embd {self.n_embd} is not divisible by model.n_head {self.n_head}; choose a multiple"
             )
+        if self.recent_tokens > self.num_slots - 2:
+            errors.append(
+                f"model.recent_tokens {self.recent_tokens} leaves no slot for the state; with model.num_slots"
+                f" {self.num_slots} choose at most {self.num_slots - 2}"
+            )
+        if errors:
+            raise ValueError("\n".join(errors))
         return self
 
 

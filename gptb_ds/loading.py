@@ -63,6 +63,9 @@ def model_configuration(
         n_head=model.n_head,
         n_embd=model.n_embd,
         rebias=model.rebias,
+        recent_tokens=model.recent_tokens,
+        # What starts from a decoder and holds recent tokens begins as that decoder.
+        preserve_decoder=model.rebias and model.recent_tokens > 0 and model.init_from is not None,
         resid_pdrop=model.dropout,
         embd_pdrop=model.dropout,
         attn_pdrop=model.dropout,

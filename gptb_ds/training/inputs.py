@@ -56,9 +56,10 @@ def read_inputs(config: Config, world: World) -> Inputs:
     configuration = model_configuration(config, corpus.vocab_size, corpus.eot_id)
     if world.rank == 0:
         warn_if_memoryless(configuration)
-    model = (
-        warm_start(configuration, config.model.init_from) if config.model.init_from else GPTBLMHeadModel(configuration)
-    )
+    if config.model.init_from:
+        model = warm_start(configuration, config.model.init_from, print if world.rank == 0 else lambda line: None)
+    else:
+        model = GPTBLMHeadModel(configuration)
     windows = LaneCollator(
         corpus,
         lanes=config.data.lanes,
@@ -142,7 +143,7 @@ def _identity(config: Config, windows: LaneCollator, model: GPTBLMHeadModel) -> 
     identity |= {f"data.{key}": getattr(data, key) for key in ("lanes", "window", "seed")}
     identity |= {f"data.{key}": getattr(data, key) for key in ("max_document_tokens", "weights")}
     identity |= {"train.seed": config.train.seed} | inherited(model.config)
-    shape = ("num_slots", "n_layer", "n_head", "n_embd", "rebias")
+    shape = ("num_slots", "n_layer", "n_head", "n_embd", "rebias", "recent_tokens")
     return identity | {f"model.{key}": getattr(config.model, key) for key in shape}
 
 
