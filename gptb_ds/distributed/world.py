@@ -57,6 +57,13 @@ class World:
         dist.broadcast_object_list(values, src=0, group=self.control)
         return cast("T", values[0])
 
+    def broadcast_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's `tensor` on all ranks, on their devices; elsewhere `tensor` says its shape and type."""
+        tensor = tensor.to(self.device)
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
     def on_rank0(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`function(...)` run on rank 0 alone; its result on all ranks, or the OSError or ValueError that it raised.
 

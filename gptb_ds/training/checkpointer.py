@@ -6,6 +6,7 @@ Axes: B lanes of this rank, S slots, E embedding.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -93,7 +94,9 @@ class Checkpointer:
         same = self._keeps_moments(reader)
         if not same:
             state.adam_start, state.adam_tokens = state.adam_steps, 0
-        self._engine.fp32_state.load(reader.fetch, state.adam_steps - state.adam_start, moments=same)
+        self._engine.fp32_state.load(
+            partial(reader.fetch_together, self._world), state.adam_steps - state.adam_start, moments=same
+        )
         self._engine.fp32_state.load_scaler_state(reader.manifest.scaler)
         if random_state is not None:
             _set_random_state(random_state, self._world.device)
