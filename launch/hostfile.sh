@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Owns a run on the hosts of a hostfile, started over ssh: HOSTFILE=hosts launch/hostfile.sh TRAIN-ARGUMENTS...
+# A run on the hosts of a hostfile, started over ssh: HOSTFILE=hosts launch/hostfile.sh TRAIN-ARGUMENTS...
 # The hostfile has a line "NAME slots=DEVICES" for each host. All hosts see the checkout, the store and the run's folder
 # under the same paths, and ssh from this one to each of them asks nothing. Needs pdsh here.
 #   SSH_PORT, MASTER_ADDR, MASTER_PORT                where the defaults don't do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Owns a run under mpirun (tested with Open MPI): launch/mpirun.sh TRAIN-ARGUMENTS...
+# A run under mpirun (tested with Open MPI): launch/mpirun.sh TRAIN-ARGUMENTS...
 #   N=16                                          ranks (default: as many as mpirun finds slots for)
 #   MPIRUN_ARGS="--hostfile hosts -x PATH"        anything else for mpirun
 # The ranks ask MPI who they are (mpi4py) and talk over NCCL or gloo, so the MPI needs no CUDA.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Owns a run on this machine under the deepspeed launcher: launch/one_node.sh TRAIN-ARGUMENTS...
+# A run on this machine under the deepspeed launcher: launch/one_node.sh TRAIN-ARGUMENTS...
 #   N=4   take four of the GPUs (default: all of them); without GPUs four CPU ranks, each on cores of its own (default 1)
 # TERM, USR1, USR2, a closed terminal and the first Ctrl-C reach the ranks, which write a checkpoint: exit code 85, and the
 # same command goes on from there. A second Ctrl-C ends them at once.

@@ -61,13 +61,13 @@ def infinite_losses(rank: int) -> None:
 
 
 def slow_reading(rank: int) -> None:
-    """Each tensor of a checkpoint takes a while to be read."""
+    """Each tensor of a checkpoint takes a while to be read, and all of them longer than `HANG_SECONDS`."""
     from gptb_ds.checkpoint.reader import CheckpointReader
 
     fetch = CheckpointReader.fetch
 
     def slow(self, kind, name):
-        time.sleep(0.15)
+        time.sleep(0.4)
         return fetch(self, kind, name)
 
     CheckpointReader.fetch = slow

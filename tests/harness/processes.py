@@ -16,6 +16,9 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["tests.harness.preload"])
 
 PATIENCE = 300  # seconds that anything may take on a busy machine before a test gives up: a limit, never a measure
+# For runs whose watchdog is to speak, or must not. What a rank does between two signs of life, DeepSpeed's start with
+# it, is shorter even when ten other programs share its cores.
+HANG_SECONDS = 15
 
 
 def wait_until(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.launched import LAUNCH, PATIENCE, TinyRun, alive, finish, started, wait_until
+from tests.harness.processes import HANG_SECONDS
 
 from .two_hosts import TwoHosts
 
@@ -47,7 +48,7 @@ def test_two_hosts_train_stop_on_request_and_go_on(
 def test_pulled_cable_ends_the_job_and_plugged_in_again_it_goes_on(
     hosts: TwoHosts, command: list[str], env: dict[str, str], store: Path, plain: TinyRun, tmp_path: Path
 ) -> None:
-    run, log = TinyRun(tmp_path, store, save_every=5, hang_seconds=12), tmp_path / "log"
+    run, log = TinyRun(tmp_path, store, save_every=5, hang_seconds=HANG_SECONDS), tmp_path / "log"
     with started(command, run, log, env) as process:
         wait_until(run.checkpoints, "a checkpoint", log.read_text)
         ranks = run.ranks()
@@ -59,7 +60,7 @@ def test_pulled_cable_ends_the_job_and_plugged_in_again_it_goes_on(
         finally:
             hosts.cable(plugged=True)
     assert "[rank 0 on host-0] ranks that do not answer" in log.read_text()
-    assert "no progress for 12 s" in log.read_text()
+    assert f"no progress for {HANG_SECONDS} s" in log.read_text()
     saved = run.checkpoints()[-1]
     assert saved < run.updates
     assert finish(command, run, log, env) == 0, log.read_text()

@@ -11,7 +11,7 @@ import pytest
 
 from gptb_ds.checkpoint.format import checkpoint_folders, verify
 from tests.harness import faults
-from tests.harness.processes import PATIENCE
+from tests.harness.processes import HANG_SECONDS, PATIENCE
 from tests.harness.training import losses, metrics, start, train, wait_for_lines
 
 LONG = {"train__updates": 100000, "run__save_every": 0, "run__eval_every": 0}
@@ -70,7 +70,7 @@ def test_a_rank_that_raises_is_heard_once(kind, store, tmp_path: Path):
 def test_a_stopped_rank_is_named(store, tmp_path: Path):
     """A hung collective: rank 1 is frozen, the others wait for it."""
     run = tmp_path / "run"
-    job = start(run, store, ranks=3, data__lanes=9, **LONG, run__hang_seconds=5)
+    job = start(run, store, ranks=3, data__lanes=9, **LONG, run__hang_seconds=HANG_SECONDS)
     wait_for_lines(run, 5, job)
     job.signal(signal.SIGSTOP, 1)
     for rank in (0, 2):
@@ -78,7 +78,7 @@ def test_a_stopped_rank_is_named(store, tmp_path: Path):
         assert job.processes[rank].exitcode == 70, job.text()
     job.signal(signal.SIGCONT, 1)
     job.wait()
-    assert "no progress for 5 s" in job.text(0)
+    assert f"no progress for {HANG_SECONDS} s" in job.text(0)
     assert "ranks that do not answer" in job.text(0) and "1" in job.text(0).split("ranks that do not answer")[1]
 
 
@@ -168,8 +168,8 @@ def test_a_slow_resume_is_no_hang(store, tmp_path: Path):
     run = tmp_path / "run"
     train(run, store, ranks=2, train__updates=4)
     began = time.monotonic()
-    train(run, store, ranks=2, fault=faults.slow_reading, train__updates=6, run__hang_seconds=4)
-    assert time.monotonic() - began > 5, "else it showed nothing"
+    train(run, store, ranks=2, fault=faults.slow_reading, train__updates=6, run__hang_seconds=HANG_SECONDS)
+    assert time.monotonic() - began > HANG_SECONDS, "else it showed nothing"
 
 
 @pytest.mark.slow

@@ -12,28 +12,33 @@ import torch.distributed as dist
 
 from gptb_ds.distributed.watchdog import Watchdog
 from gptb_ds.distributed.world import World
-from tests.harness.processes import run_ranks
-from tests.harness.training import metrics, start, wait_for_lines
-
-HANG_SECONDS = 4
+from tests.harness.processes import HANG_SECONDS, run_ranks
+from tests.harness.training import Job, metrics, start, wait_for_lines
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_pause_longer_than_hang_seconds_ends_nothing(ranks: int, store: Path, tmp_path: Path):
-    run = tmp_path / "run"
-    job = start(run, store, ranks=ranks, train__updates=100_000, run__save_every=0, run__hang_seconds=HANG_SECONDS)
-    wait_for_lines(run, 3, job)
-    for rank in range(ranks):
-        job.signal(signal.SIGSTOP, rank)
-    time.sleep(3 * HANG_SECONDS)  # the pause itself: its length is the point, no answer is awaited
-    before = len(metrics(run))
-    for rank in range(ranks):
-        job.signal(signal.SIGCONT, rank)
-    wait_for_lines(run, before + 20, job)
-    job.signal(signal.SIGTERM, 0)
-    assert job.wait(60) == [85] * ranks, job.text()
-    assert "no progress" not in job.text()
+def test_a_pause_longer_than_hang_seconds_ends_nothing(store: Path, tmp_path: Path):
+    """A run of one rank and one of two, paused at the same time."""
+    runs = {ranks: tmp_path / f"run-{ranks}" for ranks in (1, 2)}
+    over = {"train__updates": 100_000, "run__save_every": 0, "run__hang_seconds": HANG_SECONDS}
+    jobs = {ranks: start(run, store, ranks=ranks, **over) for ranks, run in runs.items()}
+    for ranks, job in jobs.items():
+        wait_for_lines(runs[ranks], 3, job)
+    to_all(jobs, signal.SIGSTOP)
+    time.sleep(1.5 * HANG_SECONDS)  # the pause itself: its length is the point, no answer is awaited
+    before = {ranks: len(metrics(run)) for ranks, run in runs.items()}
+    to_all(jobs, signal.SIGCONT)
+    for ranks, job in jobs.items():
+        wait_for_lines(runs[ranks], before[ranks] + 20, job)
+        job.signal(signal.SIGTERM, 0)
+        assert job.wait() == [85] * ranks, job.text()
+        assert "no progress" not in job.text()
+
+
+def to_all(jobs: dict[int, Job], number: signal.Signals) -> None:
+    for ranks, job in jobs.items():
+        for rank in range(ranks):
+            job.signal(number, rank)
 
 
 def exchange_after_a_pause(world: World) -> list[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.draw_structure import BEGIN, CONTRIBUTING, END, drawing
 from tests.harness.structure import MODULES, PACKAGE, PACKAGES, imports_of, packages_of
 
 # What each package, or module beside the packages, may import of the others.
@@ -59,6 +60,11 @@ def test_packages_have_no_cycle_and_no_edge_is_allowed_in_vain():
     used["cli"].add("commands")  # by name, when a verb is asked for
     used["auto_classes"].add("model")  # by name, when transformers asks
     assert used == MAY_IMPORT
+
+
+def test_the_pictures_in_contributing_show_the_imports_as_they_are():
+    shown = CONTRIBUTING.read_text().split(BEGIN)[1].split(END)[0].strip()
+    assert shown == drawing(), "python -m tests.draw_structure draws them anew"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
