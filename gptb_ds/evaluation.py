@@ -20,7 +20,7 @@ from gptb_ds.data.tasks import Ints, Task, TaskDocument, columns_of, longest_len
 from gptb_ds.data.tokenization import fingerprint, tokenizer_name
 from gptb_ds.data.window import Window
 from gptb_ds.distributed.world import World
-from gptb_ds.loading import load_any
+from gptb_ds.loading import PRECISIONS, load_any, usable_device
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
 
@@ -103,6 +103,8 @@ class EvaluateOptions:
     max_document_tokens: int | None = None
     task: str | None = None
     max_length: int = 1000
+    device: str = "auto"
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         errors = below_one(self, "lanes", "window", "max_tokens", "max_document_tokens", "max_length")
@@ -124,8 +126,9 @@ def evaluate(options: EvaluateOptions) -> dict[str, float | int | None]:
             f"--data {' '.join(options.data)}: its tokens are of {corpus.tokenizer}, those of {options.model} of"
             f" {tokenizer_name(tokenizer)}; prepare the text with the model's tokenizer"
         )
-    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    objective = WindowObjective(model.to(world.device)).eval()  # type: ignore[arg-type]
+    world = World(device=usable_device(options.device))
+    model.to(device=world.device, dtype=PRECISIONS[options.precision])  # type: ignore[call-arg]
+    objective = WindowObjective(model).eval()
     held_out = HeldOut(corpus, world, options.lanes, options.window, options.max_tokens, options.max_document_tokens)
     losses, state_BSE = LossSum(world), model.empty_state(options.lanes)
     with torch.no_grad():
@@ -218,5 +221,5 @@ def evaluate_task(options: EvaluateOptions) -> TaskScore:
     model, tokenizer = load_any(options.model)
     if fingerprint(tokenizer) != fingerprint(task.tokenizer()):
         raise ValueError(f"--task {options.task}: {options.model} was trained on something else: another tokenizer")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    model.to(device=usable_device(options.device), dtype=PRECISIONS[options.precision])  # type: ignore[call-arg]
     return score_task(model, task, options.max_length, documents=options.lanes, window=options.window)

@@ -15,13 +15,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.generation import BaseStreamer
 
 from gptb_ds.data import tokenization
-from gptb_ds.loading import load_any
+from gptb_ds.loading import PRECISIONS, load_any, usable_device
 from gptb_ds.model import GPTBCache, GPTBLMHeadModel
 from gptb_ds.text_stream import TextStream
 
 __all__ = ["GenerateOptions", "Sampling", "TextStream", "generate", "generate_batch", "generate_texts"]
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Below this, dividing by the temperature only loses digits: the likeliest token is taken.
 _COLDEST = 1e-5
 
@@ -271,7 +270,7 @@ def generate_texts(options: GenerateOptions, say: Callable[[str], None] | None =
     if options.state_out and (len(prompts) > 1 or options.num_beams > 1):
         raise ValueError("--state-out: a state is saved of one prompt, without beams")
     model, tokenizer = load_any(options.model)
-    model.to(device=_device(options.device), dtype=PRECISIONS[options.precision])  # type: ignore[call-arg]
+    model.to(device=usable_device(options.device), dtype=PRECISIONS[options.precision])  # type: ignore[call-arg]
     try:
         rows = [row.tolist() for row in tokenization.encode(tokenizer, prompts)]
     except UnicodeEncodeError:
@@ -297,18 +296,6 @@ def generate_texts(options: GenerateOptions, say: Callable[[str], None] | None =
         assert cache is not None
         cache.save(options.state_out, model)
     return [_text_after(tokenizer, row, new) for row, new in zip(rows, tokens, strict=True)]
-
-
-def _device(name: str) -> torch.device:
-    """Raises ValueError for a device that there is not."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try cpu") from None
-    return device
 
 
 def _given_state(options: GenerateOptions, model: GPTBLMHeadModel, lanes: int) -> GPTBCache | None:

@@ -23,6 +23,10 @@ from gptb_ds.model.modeling import GPTBLMHeadModel
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
+# Types that a model may read in.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def load_any(path: str) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
     """Model (float32, eval mode) and tokenizer of a run (its newest good checkpoint), a checkpoint or an export.
 
@@ -46,6 +50,18 @@ def load_any(path: str) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
         f"{path}: no run with checkpoints, no checkpoint and no exported folder (config.json);"
         " train first, or check the path"
     )
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of a name of torch's; "auto" is a GPU if there is one. Raises ValueError for what there is not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try cpu") from None
+    return device
 
 
 def model_configuration(

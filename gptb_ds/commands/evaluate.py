@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 
 from gptb_ds.commands.arguments import options_of
-from gptb_ds.evaluation import EvaluateOptions, evaluate, evaluate_task
+from gptb_ds.evaluation import PRECISIONS, EvaluateOptions, evaluate, evaluate_task
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-document-tokens", type=int, help="cut longer documents into pieces")
     parser.add_argument("--task", help="instead of --data: how far it solves a generated task (parity, s5, ..)")
     parser.add_argument("--max-length", type=int, default=1000, help="with --task: of its documents (default: 1000)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--precision", default="fp32", choices=list(PRECISIONS), help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -102,9 +102,12 @@ def join(timeout_seconds: float) -> World:
     local_rank = int(place["LOCAL_RANK"]) if place else 0
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        # Slurm and containers may show each task its own device alone; then that is number 0.
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        local_rank = visible_index(local_rank, torch.cuda.device_count())
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    if place is not None:
+        # DeepSpeed reads it, too, and takes it for the number of a device.
+        place["LOCAL_RANK"] = str(local_rank)
     if place is None:
         place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -114,6 +117,8 @@ def join(timeout_seconds: float) -> World:
     os.environ.update(place)
     control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
     world = World(dist.get_rank(), dist.get_world_size(), local_rank, device, socket.gethostname(), control)
+    if device.type == "cuda":
+        _one_gpu_each(world)
     if device.type == "cpu" and world.size > 1 and "OMP_NUM_THREADS" not in os.environ:
         _share_cores(world)
     return world
@@ -157,6 +162,33 @@ def _say_that_it_waits(place: Mapping[str, str], timeout: timedelta) -> None:
         file=sys.stderr,
         flush=True,
     )
+
+
+def visible_index(local_rank: int, gpus: int) -> int:
+    """Which of the GPUs that this process sees is its own.
+
+    Slurm (`--gpus-per-task=1`) and containers may show each task its own GPU alone: then that is number 0, whatever the
+    rank. Raises ValueError when there are several, but too few.
+    """
+    if gpus == 1 or local_rank < gpus:
+        return min(local_rank, gpus - 1)
+    raise ValueError(
+        f"local rank {local_rank} has no GPU: {gpus} are visible here; start at most {gpus} ranks on a host, or show"
+        " each rank one of its own"
+    )
+
+
+def _one_gpu_each(world: World) -> None:
+    """Raises ValueError on all ranks when two have been given the same GPU: NCCL would hang, or fail without names."""
+    unique = str(getattr(torch.cuda.get_device_properties(world.device), "uuid", world.device))
+    owners: dict[tuple[str, str], int] = {}
+    for rank, gpu in enumerate(world.all_gather((world.host, unique))):
+        first = owners.setdefault(gpu, rank)
+        if first != rank:
+            raise ValueError(
+                f"ranks {first} and {rank} have the same GPU, {gpu[1]} on {gpu[0]}: start one rank for each GPU of a"
+                " host (CUDA_VISIBLE_DEVICES says which a rank sees)"
+            )
 
 
 def _raise_file_limit() -> None:

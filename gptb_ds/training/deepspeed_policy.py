@@ -38,13 +38,51 @@ _KNOWN = {
 }
 
 
+# DeepSpeed's own buckets of 5e8 values take 1 to 2 GB of a GPU's memory, whatever the model. A window's gradients are
+# complete only at the end of its backward pass, so that overlapping their exchange with it gains nothing either.
+_BUCKET = 50_000_000
+_ZERO_DEFAULTS: dict[int, Policy] = {
+    0: {},
+    1: {"overlap_comm": False, "reduce_bucket_size": _BUCKET, "allgather_bucket_size": _BUCKET},
+    3: {"overlap_comm": False, "reduce_bucket_size": _BUCKET, "stage3_prefetch_bucket_size": _BUCKET},
+}
+_ZERO_DEFAULTS[2] = _ZERO_DEFAULTS[1]
+
+
 def read_policy(path: str | None) -> Policy:
     """The DeepSpeed policy of a JSON file (ZeRO stage, offload, buckets); stage 1 when there is none.
 
     Raises ConfigError with one line for each key that belongs to the run's configuration, or that is none.
     """
-    if path is None:
-        return {"zero_optimization": {"stage": 1, "overlap_comm": False}}
+    return with_defaults({"zero_optimization": {"stage": 1}} if path is None else _read(path))
+
+
+def with_defaults(policy: Policy) -> Policy:
+    """`policy`, and what it leaves open as we choose it and not DeepSpeed."""
+    zero = policy.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    zero = _ZERO_DEFAULTS.get(stage if isinstance(stage, int) else -1, {}) | zero
+    # Its throughput timer waits for the device twice a lane group, for a figure that nobody reads.
+    return {"timers": {"throughput": {"enabled": False}}} | policy | {"zero_optimization": zero}
+
+
+def check_precision(precision: str, device: str, policy: Policy) -> None:
+    """Raises ConfigError for a precision that DeepSpeed refuses, or trains wrongly in without a word."""
+    if precision != "fp16":
+        return
+    if device == "cpu":
+        raise ConfigError("train.precision fp16: DeepSpeed refuses it on the CPU; choose bf16 or fp32")
+    if zero_stage(policy) == 0:
+        # `DeepSpeedEngine.backward` scales the loss only for its ZeRO optimizers, but FP16_UnfusedOptimizer
+        # (runtime/fp16/unfused_optimizer.py:244) divides the gradients by the scale: they come out 65,536 times too
+        # small, and clipping never acts (upstream PR 8393).
+        raise ConfigError(
+            "train.precision fp16 at ZeRO stage 0: DeepSpeed does not scale the loss there; choose bf16, or a policy of"
+            " stage 1 (--deepspeed_config ds_configs/zero1.json)"
+        )
+
+
+def _read(path: str) -> Policy:
     try:
         policy = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:

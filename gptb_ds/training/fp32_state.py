@@ -57,6 +57,11 @@ _INTERNALS: dict[int, tuple[Internal, ...]] = {
     0: (
         Internal("fp16_groups", "FP16_UnfusedOptimizer, runtime/fp16/unfused_optimizer.py:67", _MASTERS),
         Internal("fp32_groups", "FP16_UnfusedOptimizer, runtime/fp16/unfused_optimizer.py:68", _MASTERS),
+        Internal(
+            "overflow_checker",
+            "FP16_UnfusedOptimizer, runtime/fp16/unfused_optimizer.py:106",
+            "an update waits for the GPU once a parameter",
+        ),
     ),
     1: (
         Internal(
@@ -201,6 +206,18 @@ class PartitionedMaster:
         return flat.narrow(0, size * deepspeed.comm.get_rank(), size)
 
 
+class _NormDecides:
+    """In the place of DeepSpeed's `CheckOverflow` at stage 0: never finds anything.
+
+    That one asks each parameter's gradient for a NaN, and the host waits for the GPU each time. `step` then looks at
+    the norm of all gradients, too, and skips the update when it is not finite (`is_invalid_grad_norm`,
+    runtime/fp16/unfused_optimizer.py:227): a single NaN in any of them makes it so.
+    """
+
+    def check(self) -> bool:
+        return False
+
+
 class Fp32State:
     """The fp32 weights and moments of an engine, by parameter name, whatever its ZeRO stage and precision."""
 
@@ -226,6 +243,7 @@ class Fp32State:
         self._copies: dict[int, torch.Tensor] = {}
         if stage == 0 and self._wrapped:
             base.state.clear()
+            self._wrapper.overflow_checker = _NormDecides()
             for low, high in zip(self._wrapper.fp16_groups, self._wrapper.fp32_groups, strict=True):
                 self._copies |= {id(p): master for p, master in zip(low, high, strict=True)}
         self._pieces = self._find_pieces()

@@ -17,7 +17,7 @@ from gptb_ds.loading import model_configuration
 from gptb_ds.model.configuration import inherited, warn_if_memoryless
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.warm_start import warm_start
-from gptb_ds.training.deepspeed_policy import Policy, offload_devices, read_policy, zero_stage
+from gptb_ds.training.deepspeed_policy import Policy, check_precision, offload_devices, read_policy, zero_stage
 from gptb_ds.training.engine import check_policy
 from gptb_ds.training.sinks import check_sinks
 from gptb_ds.training.train_state import RunFacts
@@ -40,12 +40,11 @@ class Inputs:
 def read_inputs(config: Config, world: World) -> Inputs:
     """Everything that this rank can read and build on its own. Raises ValueError."""
     _check_lanes(config, world)
-    if config.train.precision == "fp16" and world.device.type == "cpu":
-        raise ConfigError("train.precision fp16: DeepSpeed refuses it on the CPU; choose bf16 or fp32")
     if world.rank == 0:  # it alone has them
         check_sinks(config.run.monitor)
     policy = read_policy(config.deepspeed_config)
     check_policy(policy)
+    check_precision(config.train.precision, world.device.type, policy)
     corpus = open_corpus(config.data.path, config.data.weights, "train")
     if not _anything_counts(corpus):
         raise ConfigError(

@@ -1,0 +1,99 @@
+"""Updates on the make-believe device, for test_engine.py: prints a JSON line for each case.
+
+A process of its own: `python -m tests.gpu_sim.engine_cases CASE...`, a case being STAGE:PRECISION:RECOMPUTE:GROUPS, or
+window:PRECISION:RECOMPUTE:1.
+Axes: B lanes, K steps.
+"""
+
+from __future__ import annotations
+
+import os
+
+from tests.gpu_sim import fake_cuda
+
+os.environ["DS_ACCELERATOR"] = "cuda"
+
+import json
+import sys
+import traceback
+
+import torch
+
+from gptb_ds.config import OptimConfig
+from gptb_ds.data.window import Window
+from gptb_ds.distributed.join import join
+from gptb_ds.distributed.world import World
+from gptb_ds.model.configuration import GPTBConfig
+from gptb_ds.model.modeling import GPTBLMHeadModel
+from gptb_ds.model.objective import WindowObjective
+from gptb_ds.training.deepspeed_policy import with_defaults
+from gptb_ds.training.engine import Engine
+
+LANES, STEPS, VOCAB = 8, 6, 31
+
+
+def small_model() -> GPTBLMHeadModel:
+    torch.manual_seed(5)
+    shape = {"n_positions": 5, "num_slots": 5, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    return GPTBLMHeadModel(GPTBConfig(vocab_size=VOCAB, dropout=0.0, **shape)).train()
+
+
+def windows(update: int, groups: int, device: torch.device) -> list[Window]:
+    generator = torch.Generator().manual_seed(100 + update)
+    tokens = torch.randint(VOCAB, (STEPS + 1, LANES), generator=generator)
+    reset = torch.rand((STEPS, LANES), generator=generator) < 0.2
+    return Window(tokens[:-1], tokens[1:], reset, None).to(device).split_lanes(groups)
+
+
+def run(world: World, stage: int, precision: str, recompute: int, groups: int) -> dict:
+    """Losses of three updates; what the last one waited for and copied."""
+    engine = Engine(
+        WindowObjective(small_model(), recompute),
+        world,
+        lanes=LANES,
+        lane_groups=groups,
+        precision=precision,
+        optim=OptimConfig(lr=1e-3, warmup_updates=0),
+        policy=with_defaults({"zero_optimization": {"stage": stage}}),
+    )
+    states = [engine.model.empty_state(LANES // groups) for _ in range(groups)]
+    losses, applied = [], []
+    for update in range(3):
+        parts = windows(update, groups, world.device)
+        fake_cuda.reset()
+        result, states = engine.update(list(zip(parts, states, strict=True)), 1e-3, LANES * STEPS)
+        losses.append(result.loss)
+        applied.append(result.applied)
+    return {"losses": losses, "applied": applied} | fake_cuda.counts()
+
+
+def run_window(device: torch.device, precision: str, recompute: int) -> dict:
+    """Forward and backward of one window, without DeepSpeed: what a CUDA graph would hold."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = small_model().to(device, dtype)
+    window = windows(0, 1, device)[0]
+    state = model.empty_state(LANES)
+    fake_cuda.reset()
+    loss, _ = WindowObjective(model, recompute)(window.input_ids, window.targets, window.reset, state)
+    loss.backward()
+    counts = fake_cuda.counts()
+    return {"losses": [loss.item() / (LANES * STEPS)], "applied": []} | counts
+
+
+def main(cases: list[str]) -> None:
+    torch.set_num_threads(1)
+    world = join(60)
+    for case in cases:
+        stage, precision, recompute, groups = case.split(":")
+        try:
+            if stage == "window":
+                found = run_window(world.device, precision, int(recompute))
+            else:
+                found = run(world, int(stage), precision, int(recompute), int(groups))
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        print(json.dumps({"case": case} | found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
