@@ -171,7 +171,11 @@ class TrainConfig(Group):
     measure_noise: bool = Field(
         False, description="estimate the gradient noise scale: the batch that is worth its size"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="of weights and activations in a step")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="of weights and activations in a step (auto: bf16 on GPUs, on CPUs the faster of fp32 and bf16;"
+        " decided once and kept when the run resumes)",
+    )
     lane_groups: int = Field(1, ge=1, description="gradient accumulation: a rank's lanes in so many groups")
     recompute_every: int = Field(0, ge=0, description="keep states every c steps and recompute inside (0 = off)")
     compile: bool = Field(False, description="compile the model step with torch.compile")

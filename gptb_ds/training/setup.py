@@ -31,6 +31,7 @@ from gptb_ds.training.engine import Engine
 from gptb_ds.training.inputs import Inputs, read_inputs
 from gptb_ds.training.metrics import read_metrics
 from gptb_ds.training.output import forgiving_output
+from gptb_ds.training.precision import allow_tf32, with_precision
 from gptb_ds.training.reporter import Reporter
 from gptb_ds.training.run_folder import RunFolder
 from gptb_ds.training.schedule import BatchPlan, run_tokens
@@ -91,6 +92,8 @@ def _set_up(config: Config, world: World, stop: StopRequests, started: float) ->
     Raises ValueError for what the user has to change, OSError for what the system refuses.
     """
     # 1. Read and check.
+    config = world.on_rank0(with_precision, config, world.device)
+    in_tf32 = allow_tf32(world.device, config.train.precision)
     inputs = world.on_all_ranks(read_inputs, config, world)
     progress_made("reading the inputs")
     reporter = Reporter(inputs.facts, speaks=world.rank == 0)
@@ -111,7 +114,7 @@ def _set_up(config: Config, world: World, stop: StopRequests, started: float) ->
     if kept:
         reporter.say(f"what this run had saved beyond that is now in {kept}")
     world.on_rank0(_write_beginning, config, inputs, start, trainer, folder)
-    reporter.say(_headline(config, world, trainer))
+    reporter.say(_headline(config, world, trainer, in_tf32))
     for warning in inputs.warnings:
         reporter.say(f"WARNING: {warning}")
     progress_made("set-up")
@@ -209,15 +212,16 @@ def _write_beginning(config: Config, inputs: Inputs, start: _Start, trainer: Tra
     inputs.data.tokenizer.save_pretrained(folder.path / "tokenizer")
 
 
-def _headline(config: Config, world: World, trainer: Trainer) -> str:
+def _headline(config: Config, world: World, trainer: Trainer, in_tf32: bool) -> str:
     facts, engine = trainer.facts, trainer.engine
     parameters = sum(torch.Size(shape).numel() for shape in engine.fp32_state.shapes().values())
     plain = facts.train.updates_per_window == ["1"]
     taken = "an update" if plain else f"a window, in {' '.join(facts.train.updates_per_window)} updates"
+    precision = facts.train.precision + (" (products in TF32)" if in_tf32 else "")
     return (
         f"{parameters / 1e6:.2f} M parameters, {config.model.num_slots} slots; {facts.lanes} lanes x"
         f" {facts.window} columns = {facts.window_tokens:,} tokens {taken};"
-        f" {world.size} rank(s) on {world.device.type}, ZeRO {engine.stage}, {facts.train.precision};"
+        f" {world.size} rank(s) on {world.device.type}, ZeRO {engine.stage}, {precision};"
         f" updates {trainer.state.update} to {trainer.updates.last_update}"
     )
 

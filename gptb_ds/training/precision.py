@@ -1,0 +1,66 @@
+"""Which precision `train.precision auto` stands for: decided before the run, once, and written into its config.yaml."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+from gptb_ds.config import Config
+
+# bf16 must be this much faster on a CPU: below, its missing bits are not worth it.
+_WORTH = 1.1
+
+
+def with_precision(config: Config, device: torch.device) -> Config:
+    """`config` with a precision in the place of "auto".
+
+    A run that has one keeps it: a resume in another would be another run. Otherwise bf16 on a GPU that computes in it,
+    and on a CPU whichever multiplies faster at the run's shapes.
+    """
+    if config.train.precision != "auto":
+        return config
+    chosen = None if config.run.resume == "never" else _chosen_before(Path(config.run.dir) / "config.yaml")
+    if chosen is None and device.type == "cuda":
+        chosen = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if chosen is None:
+        rows = max(1, config.data.lanes // config.train.lane_groups) * config.model.num_slots
+        chosen = faster_on_this_cpu(rows, config.model.n_embd)
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": chosen})})
+
+
+def faster_on_this_cpu(rows: int, width: int) -> str:
+    """The name of the precision in which a block's widest product, (rows, width) x (width, 4 width), is faster.
+
+    Processors differ: one with AVX-512 BF16 units can be twice as fast in bf16 as in fp32, another half as fast.
+    """
+    taken = {}
+    rows = min(rows, 4096)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        x, weight = torch.ones(rows, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            x @ weight
+            times.append(time.perf_counter() - start)
+        taken[name] = min(times[1:])
+    return "bf16" if taken["bf16"] * _WORTH < taken["fp32"] else "fp32"
+
+
+def _chosen_before(file: Path) -> str | None:
+    try:
+        values = yaml.safe_load(file.read_text())
+        precision = values["train"]["precision"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    return precision if precision in ("fp32", "bf16", "fp16") else None
+
+
+def allow_tf32(device: torch.device, precision: str) -> bool:
+    """Lets a GPU multiply float32 matrices in TF32, several times as fast; whether it does."""
+    if device.type != "cuda" or precision != "fp32":
+        return False
+    torch.set_float32_matmul_precision("high")
+    return True
