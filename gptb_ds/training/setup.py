@@ -30,6 +30,7 @@ from gptb_ds.training.checkpointer import Checkpointer
 from gptb_ds.training.engine import Engine
 from gptb_ds.training.inputs import Inputs, read_inputs
 from gptb_ds.training.metrics import read_metrics
+from gptb_ds.training.out_of_memory import out_of_memory
 from gptb_ds.training.output import forgiving_output
 from gptb_ds.training.precision import allow_tf32, with_precision
 from gptb_ds.training.reporter import Reporter
@@ -81,6 +82,9 @@ def train(config: Config, stop: StopRequests) -> int:
         except (TrainingError, SaveError) as error:
             if world.rank == 0:  # all ranks raise these
                 _speak(error, world)
+        except torch.OutOfMemoryError as error:
+            # On this rank alone: the others lose contact, and say so.
+            _speak(torch.OutOfMemoryError(out_of_memory(error, trainer.facts, world.size)), world)
         except BaseException as error:
             report_error(error, world)
         _end(FAULT)
@@ -243,7 +247,7 @@ def _run(trainer: Trainer, folder: RunFolder, world: World) -> int:
     return DONE if reason is None else STOPPED
 
 
-def _speak(error: Exception, world: World) -> None:
+def _speak(error: BaseException, world: World) -> None:
     me = "gptb-ds train:" if world.rank == 0 else f"[rank {world.rank} on {world.host}]"
     for line in str(error).splitlines():
         print(f"{me} {line}", file=sys.stderr)
