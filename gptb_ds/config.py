@@ -68,6 +68,8 @@ class DataConfig(Group):
         [], description="LANES:FROM-TO = columns that are read but not learnt from, say 0-15:20000-20479"
     )
 
+    stagger: bool = Field(False, description="lanes out of step: each enters its first document of an epoch inside")
+
     @model_validator(mode="before")
     @classmethod
     def _one_path_is_a_list(cls, values: object) -> object:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from gptb_ds.data.corpus import Corpus
-from gptb_ds.data.lanes import Cursor, Ints, ShuffledOrder, rank_lanes
+from gptb_ds.data.lanes import Cursor, Ints, Locate, ShuffledOrder, rank_lanes
+from gptb_ds.data.stagger import StaggeredOrder
 from gptb_ds.data.window import Window, fill_window
 
 _BLOCK_INPUTS = 1 << 20  # inputs of a block of windows (8 MiB), and
@@ -54,12 +55,19 @@ class LaneCollator:
         rank: int = 0,
         world_size: int = 1,
         max_document_tokens: int | None = None,
+        stagger: bool = False,
         ahead: int = 0,
     ) -> None:
-        """`lanes` is L, of all ranks. Raises ValueError when the ranks don't divide it."""
+        """`lanes` is L, of all ranks; `stagger` puts them out of step (`StaggeredOrder`).
+
+        Raises ValueError when the ranks don't divide the lanes.
+        """
         own = rank_lanes(lanes, rank, world_size)
         self.corpus, self.lanes, self.window, self.ahead = corpus, lanes, window, ahead
-        self._order = ShuffledOrder(corpus.pieces(max_document_tokens), seed, corpus.shares)
+        self._order: Locate = ShuffledOrder(corpus.pieces(max_document_tokens), seed, corpus.shares)
+        if stagger:
+            corpus.check_cuts("data.stagger true")
+            self._order = StaggeredOrder(self._order, lanes, seed)
         self._own = np.arange(own.start, own.stop)
         self._block_windows = min(max(1, _BLOCK_INPUTS // (window * len(own))), _BLOCK_WINDOWS)
         self._thread: _ReadAhead | None = None
@@ -67,6 +75,7 @@ class LaneCollator:
         self._block, self._given = Block(self._own, np.zeros_like(self._own), []), 0
         self._cursor = Cursor(self._order, self._block.ordinal, self._block.offset, lanes)
         text = f"{corpus.fingerprint}/{max_document_tokens}" + ("/own epochs" if corpus.shares else "")
+        text += "/stagger" if stagger else ""
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def next_window(self) -> Window:

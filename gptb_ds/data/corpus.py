@@ -40,16 +40,21 @@ class Corpus:
             self.fingerprint = hashlib.sha256("/".join(parts).encode()).hexdigest()[:32]
 
     def pieces(self, max_document_tokens: int | None) -> list[Pieces]:
-        """The documents of each store, cut where they are longer.
-
-        Raises ValueError for a task whose targets depend on all of the document: after a cut they would be wrong.
-        """
-        if max_document_tokens is not None and any(store.targets is not None for store in self.stores):
-            raise ValueError(
-                f"data.max_document_tokens {max_document_tokens}: the documents of a generated task can't be cut,"
-                " because their answers depend on all that was read; prepare it with a smaller length instead"
-            )
+        """The documents of each store, cut where they are longer. Raises ValueError as `check_cuts` does."""
+        if max_document_tokens is not None:
+            self.check_cuts(f"data.max_document_tokens {max_document_tokens}")
         return [Pieces(store.offsets, max_document_tokens) for store in self.stores]
+
+    def check_cuts(self, option: str) -> None:
+        """Raises ValueError when documents may not be read in parts, which `option` would do.
+
+        Those of a task with targets of its own may not: its answers depend on everything since the start.
+        """
+        if any(store.targets is not None for store in self.stores):
+            raise ValueError(
+                f"{option}: the documents of a generated task can't be cut, because their answers depend on all that"
+                " was read; leave it out, and prepare the task with a smaller length if need be"
+            )
 
     def bytes_per_target(self, max_document_tokens: int | None = None) -> float | None:
         """Text bytes for each target (a piece's tokens and its EOT): nats per target become bits per byte by it.

@@ -71,14 +71,14 @@ def _feistel(value: Words, keys: list[Words], a: np.uint64, b: np.uint64) -> Wor
     left, right = np.divmod(value, b)
     for turn, key in enumerate(keys):
         if turn % 2 == 0:
-            left = (left + _below(a, right + key)) % a
+            left = (left + below(a, right + key)) % a
         else:
-            right = (right + _below(b, left + key)) % b
+            right = (right + below(b, left + key)) % b
     return left * b + right
 
 
-def _below(limit: np.uint64, word: Words) -> Words:
-    """A pseudo-random number below `limit` for each word."""
+def below(limit: np.uint64 | Words, word: Words) -> Words:
+    """A pseudo-random number below `limit` (at most 2^32) for each word; 0 for a limit of 0."""
     return ((_mix(word) >> _HALF_WORD) * limit) >> _HALF_WORD
 
 
@@ -90,7 +90,8 @@ def _mix(word: Words) -> Words:
     return word * _MULTIPLY_1
 
 
-def _epoch_keys(seed: int, stream: int, epoch: Ints) -> Words:
+def keys_of(seed: int, stream: int, epoch: Ints) -> Words:
+    """A key for each number, such as an epoch's; other ones in every stream and for every seed."""
     base = np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
     return _mix(_mix(_mix(base) + np.uint64(stream)) + epoch.astype(np.uint64))
 
@@ -153,22 +154,22 @@ class ShuffledOrder:
     def __init__(self, sources: Sequence[Pieces], seed: int, shares: Sequence[float] | None = None) -> None:
         self._sources, self._seed = sources, seed
         self._firsts = np.cumsum([0] + [pieces.count for pieces in sources])
+        self.count = int(self._firsts[-1])  # documents of an epoch; of all sources together with shares
         self._pattern: Ints | None = None
         if shares is not None:
             edges = np.cumsum(_picks(sources, shares))
             place = np.arange(MIX_BLOCK)
-            mixed = permute(place, MIX_BLOCK, _epoch_keys(seed, 0, np.zeros_like(place)))
+            mixed = permute(place, MIX_BLOCK, keys_of(seed, 0, np.zeros_like(place)))
             self._pattern = np.searchsorted(edges, mixed, side="right")
             self._places = [np.flatnonzero(self._pattern == s) for s in range(len(sources))]
 
     def __call__(self, ordinal: Ints) -> tuple[Ints, Ints, Ints]:
         if self._pattern is None:
-            size = int(self._firsts[-1])
-            epoch, index = np.divmod(ordinal, size)
-            number = permute(index, size, _epoch_keys(self._seed, 0, epoch))
+            epoch, index = np.divmod(ordinal, self.count)
+            number = permute(index, self.count, keys_of(self._seed, 0, epoch))
             return _split(self._sources, self._firsts, number)
         block, index = np.divmod(ordinal, MIX_BLOCK)
-        begin = _below(np.uint64(MIX_BLOCK), _epoch_keys(self._seed, 0, block + 1)).astype(np.int64)
+        begin = below(np.uint64(MIX_BLOCK), keys_of(self._seed, 0, block + 1)).astype(np.int64)
         place = (begin + index) % MIX_BLOCK
         source, number = self._pattern[place], np.empty_like(ordinal)
         for s, pieces in enumerate(self._sources):
@@ -178,7 +179,7 @@ class ShuffledOrder:
                 since = np.searchsorted(places, place[mine]) - np.searchsorted(places, begin[mine])
                 nth = block[mine] * len(places) + since % len(places)
                 epoch, index = np.divmod(nth, pieces.count)
-                number[mine] = permute(index, pieces.count, _epoch_keys(self._seed, s + 1, epoch)) + self._firsts[s]
+                number[mine] = permute(index, pieces.count, keys_of(self._seed, s + 1, epoch)) + self._firsts[s]
         return _split(self._sources, self._firsts, number)
 
 
@@ -199,7 +200,7 @@ class FixedOrder:
         size = int(self._firsts[-1])
         there = np.flatnonzero(ordinal < size)
         number = ordinal.copy()
-        number[there] = permute(ordinal[there], size, _epoch_keys(0, 0, np.zeros_like(there)))
+        number[there] = permute(ordinal[there], size, keys_of(0, 0, np.zeros_like(there)))
         return number
 
 
@@ -252,11 +253,13 @@ class CopyPlan:
 class Cursor:
     """The position of some lanes: (ordinal, offset) of each, and the step from one window to the next.
 
-    `ordinal % stride` is the global lane. Between windows `offset` is always below the document's length.
+    `ordinal % stride` is the global lane. Between windows `offset` is always below the document's length. The document
+    after `ordinal` is `ordinal + stride`, unless the order has an `after` that says otherwise.
     """
 
     def __init__(self, order: Locate, ordinal: Ints, offset: Ints, stride: int) -> None:
-        self.order, self._stride = order, stride
+        self.order = order
+        self._after: Callable[[Ints], Ints] = getattr(order, "after", lambda ordinal: ordinal + stride)
         self.ordinal, self.offset = ordinal.copy(), offset.copy()
         self.source, self.start, self.length = order(self.ordinal)
 
@@ -296,7 +299,7 @@ class Cursor:
         return CopyPlan(rounds[0], Fragments(*later), reset_lane, reset_column)
 
     def _next_document(self, lane: Ints) -> None:
-        self.ordinal[lane] += self._stride
+        self.ordinal[lane] = self._after(self.ordinal[lane])
         self.offset[lane] = 0
         self.source[lane], self.start[lane], self.length[lane] = self.order(self.ordinal[lane])
 

@@ -67,6 +67,7 @@ def read_inputs(config: Config, world: World) -> Inputs:
         rank=world.rank,
         world_size=world.size,
         max_document_tokens=config.data.max_document_tokens,
+        stagger=config.data.stagger,
         ahead=2,
     )
     facts = RunFacts(

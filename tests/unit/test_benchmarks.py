@@ -28,6 +28,7 @@ SMALL = {
         "1",
     ],
     "bench_step": ["--lanes", "2", "--window", "2", "--embd", "8", "--heads", "1", "--layers", "1", "--no-compile"],
+    "bench_resets": ["--lanes", "4", "--window", "4", "--updates", "9"],
     "bench_collator": ["--lanes", "4", "--window", "4", "--seconds", "0.01"],
 }
 
@@ -36,7 +37,7 @@ SMALL = {
 @pytest.mark.parametrize("name", SMALL)
 def test_benchmark_runs(name: str, tmp_path: Path) -> None:
     arguments = list(SMALL[name])
-    if name == "bench_collator":
+    if name in ("bench_collator", "bench_resets"):
         arguments += ["--store", str(write_store(tmp_path, numbered_documents([50] * 40)))]
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
