@@ -41,7 +41,9 @@ def test_memory_does_not_grow_with_the_number_of_large_files(tmp_path: Path) -> 
         for number in range(count):
             (tmp_path / f"{count}/{number}.txt").write_bytes(rng.integers(97, 123, 2 * MIB, dtype=np.uint8).tobytes())
     few, many = (
-        peak_memory("--source", tmp_path / f"{count}", "--num-proc", 1, "--out", tmp_path / f"store-{count}")
+        peak_memory(
+            "--source", tmp_path / f"{count}", "--num-proc", 1, "--holdout", 0, "--out", tmp_path / f"store-{count}"
+        )
         for count in (4, 40)
     )
     assert many - few < 24 * MIB  # of 72 MiB of text
