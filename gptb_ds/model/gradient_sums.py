@@ -31,8 +31,6 @@ class _Sum:
         self.total: torch.Tensor | None = None
         self.rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.waiting = 0
-        # An edge of the graph without a value: autograd runs what is behind it when all uses have handed theirs in.
-        self.ticket: torch.Tensor = _HandIn.apply(parameter, self)
 
     def add(self, gradient: torch.Tensor) -> None:
         self.total = _wide(gradient) if self.total is None else self.total.add_(gradient)
@@ -174,6 +172,9 @@ class Fp32GradientSums(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._sums: dict[int, _Sum] = {}
+        # Edges of the graph without a value: autograd runs what is behind one when all uses have handed theirs in. Not
+        # in the sums themselves, to which their nodes point: such a ring would outlive the window.
+        self._tickets: dict[int, torch.Tensor] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -190,21 +191,25 @@ class Fp32GradientSums(TorchFunctionMode):
         # nn.Embedding passes: ids, table, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse.
         if func is F.embedding and _is_weight(args[1]) and args[2:4] == (None, None) and not any(args[5:]):
             table = self._sum(args[1])
-            return _Embedding.apply(args[0], table.ticket, table)
+            return _Embedding.apply(args[0], self._tickets[id(args[1])], table)
         return func(*map(self._use, args), **{name: self._use(value) for name, value in kwargs.items()})
 
     def _affine(self, x: torch.Tensor, weight: nn.Parameter, bias: nn.Parameter | None, turned: bool) -> torch.Tensor:
         matrix, vector = self._sum(weight), None if bias is None else self._sum(bias)
-        ticket = None if vector is None else vector.ticket
-        result: torch.Tensor = _Affine.apply(x, matrix.ticket, ticket, matrix, vector, turned)
+        ticket = None if vector is None else self._tickets[id(bias)]
+        result: torch.Tensor = _Affine.apply(x, self._tickets[id(weight)], ticket, matrix, vector, turned)
         return result
 
     def _use(self, value: Any) -> Any:
-        return _Use.apply(self._sum(value).ticket, self._sum(value)) if _is_weight(value) else value
+        if not _is_weight(value):
+            return value
+        total = self._sum(value)
+        return _Use.apply(self._tickets[id(value)], total)
 
     def _sum(self, parameter: nn.Parameter) -> _Sum:
         if id(parameter) not in self._sums:
-            self._sums[id(parameter)] = _Sum(parameter)
+            total = self._sums[id(parameter)] = _Sum(parameter)
+            self._tickets[id(parameter)] = _HandIn.apply(parameter, total)
         return self._sums[id(parameter)]
 
 

@@ -5,9 +5,13 @@ Axes: B lanes, K steps, S slots, E embedding.
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
+from gptb_ds.model import gradient_sums
 from gptb_ds.model import objective as objective_module
 from gptb_ds.model.configuration import GPTBConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
@@ -106,3 +110,22 @@ def test_the_head_in_pieces_has_no_backward_that_fills_the_whole_window(monkeypa
     names = {node.name() for node in seen}
     assert any("SplitBackward" in name for name in names)
     assert not any("SliceBackward" in name for name in names), names
+
+
+@pytest.mark.parametrize("recompute", [0, 4])
+def test_nothing_of_a_window_is_left_when_it_is_through(recompute, monkeypatch):
+    """Without Python's garbage collector, which would find it late: on a GPU it holds memory, and a graph's stream."""
+    made = []
+
+    class Watched(gradient_sums._Sum):
+        def __init__(self, parameter):
+            super().__init__(parameter)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(gradient_sums, "_Sum", Watched)
+    gc.disable()
+    try:
+        gradients(torch.bfloat16, 9, fp32_sums=True, recompute=recompute)
+        assert made and not any(sum_() for sum_ in made)
+    finally:
+        gc.enable()
