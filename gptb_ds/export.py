@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from gptb_ds import model as model_package
 from gptb_ds.loading import load_any
-from gptb_ds.model.configuration import UNLIMITED
+from gptb_ds.model.configuration import UNLIMITED, GPTBConfig
 
 AUTO_MAP = {
     "AutoConfig": "configuration.GPTBConfig",
@@ -49,7 +49,7 @@ def export(options: ExportOptions) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: is not empty; name a new folder")
     model, tokenizer = load_any(options.model)
-    config: Any = model.config
+    config = model.config
     # Other programs take n_positions for the longest text; slots have positions here, tokens have no limit.
     config.slot_positions, config.n_positions = config.position_rows, UNLIMITED
     config.auto_map = AUTO_MAP
@@ -111,7 +111,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _card(source: str, config: Any) -> str:
+def _card(source: str, config: GPTBConfig) -> str:
     """The model card: what this is, the run's figures, and how to use it."""
     facts = {"slots": config.num_slots, "blocks": config.num_hidden_layers, "width": config.hidden_size}
     facts |= {"heads": config.num_attention_heads, "vocabulary": config.vocab_size} | _figures(Path(source))
@@ -148,12 +148,12 @@ A document began with the end of text in training, so a prompt does. `past_key_v
 """
 
 
-def _figures(source: Path) -> dict[str, Any]:
+def _figures(source: Path) -> dict[str, float]:
     """What the run's metrics say about the model, as far as they are there."""
     at_end = (source / "metrics.jsonl").is_file()
     metrics = source / "metrics.jsonl" if at_end else source.parent.parent / "metrics.jsonl"
     step = None if at_end else source.name.removeprefix("step-")
-    figures: dict[str, Any] = {}
+    figures: dict[str, float] = {}
     try:
         lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         for line in lines:

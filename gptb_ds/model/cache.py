@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 # States kept so that the cache can go back: by itself, and while transformers asks for it (assisted decoding). One is
@@ -58,7 +60,7 @@ class StateLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise NotImplementedError("a recurrent state has no keys and values")
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object) -> NoReturn:
         raise NotImplementedError("a recurrent state has no keys and values; the model calls GPTBCache.append")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -129,7 +131,7 @@ class StateLayer(CacheLayerMixin):
     def _trim(self) -> None:
         self.moments = self.moments[-max(1, self.kept) :]
 
-    def _map(self, change: Any) -> None:
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.moments = [Moment(change(moment.state_BSE), change(moment.hash_B)) for moment in self.moments]
 
 
@@ -205,7 +207,7 @@ class GPTBCache(Cache):
 
     # On disk
 
-    def save(self, path: str | Path, model: Any) -> None:
+    def save(self, path: str | Path, model: PreTrainedModel) -> None:
         """Writes the newest state to a safetensors file, whole or not at all, with hashes of its tokens and of `model`.
 
         Raises ValueError when nothing was read yet.
@@ -222,7 +224,7 @@ class GPTBCache(Cache):
             unfinished.unlink(missing_ok=True)
 
     @classmethod
-    def load(cls, path: str | Path, model: Any, input_ids: torch.Tensor | None = None) -> GPTBCache:
+    def load(cls, path: str | Path, model: PreTrainedModel, input_ids: torch.Tensor | None = None) -> GPTBCache:
         """The state of a file that `save` wrote, on the model's device.
 
         `input_ids` (B, T), when given, must be exactly the tokens that it stands for.
@@ -291,10 +293,10 @@ def _powers(count: int) -> list[int]:
     return powers
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """A hash of the model's shape and of every weight as it is held."""
     digest = hashlib.sha256(f"{model.config.num_slots}/{model.config.rebias}".encode())
     for name, tensor in sorted(model.named_parameters()):
         digest.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}/".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     return digest.hexdigest()[:32]

@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from typing import Any
 
-from transformers import GPT2Config
+from transformers import GPT2Config, PreTrainedConfig
 
 # What other programs read as the number of tokens that a model takes. There is no limit: this is one to work with.
 UNLIMITED = 1 << 20
@@ -70,7 +70,7 @@ class GPTBConfig(GPT2Config):
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}; choose a multiple")
 
 
-def check_slots(config: Any) -> None:
+def check_slots(config: PreTrainedConfig) -> None:
     """Raises ValueError when the keys of the recurrence, which every backbone's configuration has, don't hold up."""
     slots, recent = config.num_slots, config.recent_tokens
     if isinstance(slots, bool) or not isinstance(slots, int) or slots < 2:
@@ -124,7 +124,7 @@ INHERITED = (
 )
 
 
-def inherited(config: GPT2Config) -> dict[str, Any]:
+def inherited(config: GPT2Config) -> dict[str, object]:
     """The values of `INHERITED` in a model's configuration: with the run's own they describe the model."""
     rows = config.position_rows if isinstance(config, GPTBConfig) else config.n_positions
     return {key: getattr(config, key) for key in INHERITED} | {"n_positions": rows}

@@ -10,8 +10,8 @@ Axes: R rows (lanes x slots) of some columns, I inputs, O outputs of a matrix.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 # Rows whose inputs and output gradients are kept before they are multiplied: one product instead of one a column.
 CHUNK_ROWS = 4096
+
+
+Entered: TypeAlias = AbstractContextManager[object]
+Context: TypeAlias = Any  # torch's, which takes what a forward leaves there for its backward
 
 
 class _Sum:
@@ -82,14 +86,14 @@ class _HandIn(torch.autograd.Function):
     """Behind all uses of a parameter: its backward hands the whole sum to the parameter."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: torch.Tensor, total: _Sum) -> torch.Tensor:
+    def forward(ctx: Context, parameter: torch.Tensor, total: _Sum) -> torch.Tensor:
         ctx.set_materialize_grads(False)
         ctx.total = total
         return parameter.new_empty(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
+    def backward(ctx: Context, _: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
         return ctx.total.take(), None
 
 
@@ -98,7 +102,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         x: torch.Tensor,
         weight_ticket: torch.Tensor,
         bias_ticket: torch.Tensor | None,
@@ -114,7 +118,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Context, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         x_RI, gradient_RO = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         if ctx.turned:  # W is (O, I)
@@ -133,14 +137,14 @@ class _Embedding(torch.autograd.Function):
     """Rows of a table; their gradients are added in float32, also where a token comes again and again."""
 
     @staticmethod
-    def forward(ctx: Any, ids: torch.Tensor, ticket: torch.Tensor, table: _Sum) -> torch.Tensor:
+    def forward(ctx: Context, ids: torch.Tensor, ticket: torch.Tensor, table: _Sum) -> torch.Tensor:
         ctx.table = table
         ctx.save_for_backward(ids)
         return F.embedding(ids, table.parameter)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Context, gradient: torch.Tensor) -> tuple[None, None, None]:
         (ids,) = ctx.saved_tensors
         rows = _wide(gradient.reshape(-1, gradient.shape[-1]))
         ctx.table.add(rows.new_zeros(ctx.table.shape).index_add_(0, ids.reshape(-1), rows))
@@ -151,13 +155,13 @@ class _Use(torch.autograd.Function):
     """A parameter as it is, for one use in an operation of any kind; the gradient of the use is kept back."""
 
     @staticmethod
-    def forward(ctx: Any, ticket: torch.Tensor, total: _Sum) -> torch.Tensor:
+    def forward(ctx: Context, ticket: torch.Tensor, total: _Sum) -> torch.Tensor:
         ctx.total = total
         return total.parameter.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None]:
+    def backward(ctx: Context, gradient: torch.Tensor) -> tuple[None, None]:
         ctx.total.add(gradient)
         return None, None
 
@@ -177,8 +181,12 @@ class Fp32GradientSums(TorchFunctionMode):
         self._tickets: dict[int, torch.Tensor] = {}
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func not in _OPERATIONS or not torch.is_grad_enabled():
             return func(*args, **kwargs)
@@ -200,7 +208,7 @@ class Fp32GradientSums(TorchFunctionMode):
         result: torch.Tensor = _Affine.apply(x, self._tickets[id(weight)], ticket, matrix, vector, turned)
         return result
 
-    def _use(self, value: Any) -> Any:
+    def _use(self, value: object) -> object:
         if not _is_weight(value):
             return value
         total = self._sum(value)
@@ -213,7 +221,9 @@ class Fp32GradientSums(TorchFunctionMode):
         return self._sums[id(parameter)]
 
 
-def recomputed_in(sums: Fp32GradientSums | None) -> Callable[[], tuple[Any, Any]]:
+def recomputed_in(
+    sums: Fp32GradientSums | None,
+) -> Callable[[], tuple[Entered, Entered]]:
     """For `checkpoint(context_fn=...)`: what is recomputed meets the same operations as the first time."""
     return lambda: (nullcontext(), sums or nullcontext())
 
@@ -224,5 +234,5 @@ _OPERATIONS = {
 }
 
 
-def _is_weight(value: Any) -> bool:
+def _is_weight(value: object) -> TypeGuard[nn.Parameter]:
     return isinstance(value, nn.Parameter) and value.requires_grad

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, GPT2Config, GPT2Model
+from transformers import GenerationConfig, GenerationMixin, GPT2Config, GPT2Model
 from transformers.activations import ACT2FN
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedModel
 
@@ -18,7 +18,7 @@ from .attention import NAME as SLOT_ATTENTION
 from .cache import GPTBCache
 from .configuration import GPTBConfig, as_gptb_config
 from .outputs import GPTBOutput
-from .recurrence import SlotRecurrence
+from .recurrence import Shared, SlotRecurrence
 
 # Arguments that transformers' tokenizers and Trainer hand to any model, and that mean nothing here.
 IGNORED = frozenset({"position_ids", "token_type_ids", "cache_position", "output_attentions"})
@@ -70,7 +70,7 @@ class GPTBModel(SlotRecurrence, GPTBPreTrainedModel, GPT2Model):
                 # The same function of the same number, in one kernel instead of eight.
                 block.mlp.act = ACT2FN["gelu_pytorch_tanh"]
 
-    def slot_context(self, like_E: torch.Tensor) -> tuple[Any, ...]:
+    def slot_context(self, like_E: torch.Tensor) -> Shared:
         slots = self.config.num_slots
         order = torch.arange(slots, device=like_E.device)
         if self.config.preserve_decoder:
@@ -78,11 +78,10 @@ class GPTBModel(SlotRecurrence, GPTBPreTrainedModel, GPT2Model):
             order = order.roll(slots - 1 - self.recent_tokens)
         return self.wpe(order), self.slot_mask(like_E)
 
-    def run_slots(
-        self, x_BSE: torch.Tensor, context: tuple[Any, ...], layers: list[torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def run_slots(self, x_BSE: torch.Tensor, context: Shared, layers: list[torch.Tensor] | None = None) -> torch.Tensor:
         # The blocks are called directly: GPT2Model.forward would build masks and positions anew for every token.
         positions_SE, mask_SS = context
+        assert isinstance(positions_SE, torch.Tensor)
         x_BSE = self.drop(x_BSE + positions_SE)
         for block in self.h:
             if layers is not None:
@@ -141,8 +140,8 @@ class RecurrentLM(nn.Module):
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> GPTBOutput | tuple[object, ...]:
         """A causal language model's forward; unpacks as the original's loop does: `logits, past_hidden_states, loss`.
 
         Arguments as in `SlotRecurrence.forward`. `labels` (B, T) follow transformers' convention: they are `input_ids`
@@ -188,7 +187,7 @@ class RecurrentLM(nn.Module):
 
     # transformers' generate
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, inputs: torch.Tensor | None = None, *args: object, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`, which may also continue from a state.
 
         `past_key_values` is a `GPTBCache` that has read something; the tokens are then either the whole sequence, which
@@ -203,7 +202,7 @@ class RecurrentLM(nn.Module):
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: object, **kwargs: object
     ) -> None:
         # GenerationMixin would make a DynamicCache of keys and values here (generation/utils.py, transformers 5).
         state_BSE, cache = model_kwargs.get("past_hidden_states"), model_kwargs.get("past_key_values")
@@ -225,11 +224,11 @@ class RecurrentLM(nn.Module):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
-        *args: Any,
+        *args: object,
         # GenerationMixin looks for this name here before it lets embeddings in.
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         cache = kwargs.get("past_key_values")
         if (
             isinstance(cache, GPTBCache)

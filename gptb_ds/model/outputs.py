@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers.utils import ModelOutput
@@ -27,7 +26,7 @@ class GPTBModelOutput(ModelOutput):
     past_key_values: GPTBCache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return iter((self.last_hidden_state, self.past_hidden_states))
 
 
@@ -46,5 +45,5 @@ class GPTBOutput(ModelOutput):
     past_hidden_states: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return iter((self.logits, self.past_hidden_states, self.loss))

@@ -6,13 +6,14 @@ slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 
 from .cache import GPTBCache
 from .gradient_sums import Fp32GradientSums, recomputed_in
@@ -22,6 +23,11 @@ from .outputs import GPTBModelOutput
 READ_CHUNK = 256
 # Where `preserve_decoder` starts: exp(-8) of an attention weight, 0.03%.
 CLOSED_GATE = 8.0
+
+
+Item = TypeVar("Item")
+# What all columns of a window share, as a backbone has it: positions, a mask or none, rotations.
+Shared: TypeAlias = tuple[torch.Tensor | tuple[torch.Tensor, ...] | None, ...]
 
 
 class Unrolled(NamedTuple):
@@ -43,17 +49,15 @@ class SlotRecurrence(nn.Module):
     config: Any
     initial_embeds: nn.Parameter
     state_gate: nn.Parameter
-    _compiled_step: Any = None
+    _compiled_step: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
     # What a backbone supplies
 
-    def slot_context(self, like_E: torch.Tensor) -> tuple[Any, ...]:
+    def slot_context(self, like_E: torch.Tensor) -> Shared:
         """What all steps of a window share (positions, mask), in the type and on the device of `like_E`."""
         raise NotImplementedError
 
-    def run_slots(
-        self, x_BSE: torch.Tensor, context: tuple[Any, ...], layers: list[torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def run_slots(self, x_BSE: torch.Tensor, context: Shared, layers: list[torch.Tensor] | None = None) -> torch.Tensor:
         """The backbone over one set of slots, embeddings in, normalised outputs out, both (B, S, E).
 
         `layers`, when given, takes the outputs (B, S, E) of the embedding and of each block, the last one normalised.
@@ -132,7 +136,7 @@ class SlotRecurrence(nn.Module):
         keep_last: int = 0,
         time_major: bool = False,
         sums: Fp32GradientSums | None = None,
-    ) -> Any:
+    ) -> GPTBModelOutput | tuple[object, ...]:
         """As `unroll`, but lanes first and as transformers' base models are called.
 
         `input_ids` and `reset` (B, T), or `inputs_embeds` (B, T, E). `attention_mask` (B, T or more, of which the last
@@ -261,13 +265,13 @@ class SlotRecurrence(nn.Module):
         masks: Sequence[torch.Tensor | None],
         state_BSE: torch.Tensor,
         initial_SE: torch.Tensor,
-        context: tuple[Any, ...],
+        context: Shared,
         states: list[torch.Tensor] | None = None,
         layers: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """The last slot's outputs (B, 1, E) of each column, and the state after them. Adds to `states`, `layers`."""
         compiled = self._compiled_step is not None and layers is None
-        step = self._compiled_step if compiled else type(self)._step
+        step = self._compiled_step if compiled and self._compiled_step else type(self)._step
         extra = () if layers is None else (layers,)
         outputs = []
         for token_B1E, reset_B11, mask_B11 in zip(tokens, resets, masks, strict=True):
@@ -287,7 +291,7 @@ class SlotRecurrence(nn.Module):
         mask_B11: torch.Tensor | None,
         state_BSE: torch.Tensor,
         initial_SE: torch.Tensor,
-        context: tuple[Any, ...],
+        context: Shared,
         layers: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         before_BSE = state_BSE
@@ -376,7 +380,7 @@ class SlotRecurrence(nn.Module):
             raise ValueError(f"recompute_every is {recompute_every}; expected 0 (off) or a number of steps")
 
 
-def check_state(state_BSE: torch.Tensor | None, lanes: int, config: Any) -> None:
+def check_state(state_BSE: torch.Tensor | None, lanes: int, config: PreTrainedConfig) -> None:
     """Raises ValueError for a state of another shape than `lanes` lanes of the model of `config` have."""
     expected = (lanes, config.num_slots - 1, config.hidden_size)
     if state_BSE is not None and tuple(state_BSE.shape) != expected:
@@ -385,15 +389,17 @@ def check_state(state_BSE: torch.Tensor | None, lanes: int, config: Any) -> None
         )
 
 
-def _widened(shared: Any) -> Any:
+def _widened(shared: Item) -> Item:
     """What all columns share, in float32 if it has fewer bits."""
-    narrow = torch.is_tensor(shared) and shared.dtype in (torch.bfloat16, torch.float16)
-    return shared.float() if narrow else shared
+    if isinstance(shared, torch.Tensor) and shared.dtype in (torch.bfloat16, torch.float16):
+        return cast("Item", shared.float())
+    return shared
 
 
-def _narrowed(shared: Any, like: torch.Tensor) -> Any:
-    floating = torch.is_tensor(shared) and shared.is_floating_point()
-    return shared.to(like.dtype) if floating else shared
+def _narrowed(shared: Item, like: torch.Tensor) -> Item:
+    if isinstance(shared, torch.Tensor) and shared.is_floating_point():
+        return cast("Item", shared.to(like.dtype))
+    return shared
 
 
 def _turned(tensor_BT: torch.Tensor | None) -> torch.Tensor | None:
@@ -441,5 +447,5 @@ def _state_of(cache: GPTBCache, state: torch.Tensor | None, model: SlotRecurrenc
     return cache.state
 
 
-def _wants_dict(return_dict: bool | None, config: Any) -> bool:
+def _wants_dict(return_dict: bool | None, config: PreTrainedConfig) -> bool:
     return bool(config.return_dict) if return_dict is None else return_dict
