@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.harness.training import write_corpus
+
+# Models of tests are tiny: a second thread waits for the first longer than it works, above all on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
