@@ -96,7 +96,7 @@ def test_a_warm_start_takes_gpt2s_weights(store: Path, tmp_path: Path):
     gpt2 = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
     torch.testing.assert_close(weight, gpt2.transformer.wpe.weight.detach())
     loaded = load_any(str(run))[0]
-    assert loaded.config.n_positions == 32 and loaded.config.activation_function == "relu"
+    assert loaded.config.slot_positions == 32 and loaded.config.activation_function == "relu"
     torch.testing.assert_close(loaded.lm_head.weight, gpt2.lm_head.weight)
     job = train(tmp_path / "wrong", store, expect=2, model__init_from=str(tmp_path / "gpt2"), model__n_embd=32)
     assert "another shape" in job.text(0)
