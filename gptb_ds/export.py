@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from gptb_ds import model as model_package
+from gptb_ds.atomic_files import sync_path
 from gptb_ds.loading import load_any
 from gptb_ds.model.configuration import UNLIMITED, GPTBConfig
 
@@ -93,7 +94,7 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
         unfinished.mkdir(parents=True)
         yield unfinished
         for path in [*unfinished.rglob("*"), unfinished]:
-            _sync(path)
+            sync_path(path)
         os.replace(unfinished, out)  # an empty folder may stand there
     except SafetensorError as error:
         raise OSError(errno.EIO, f"the weights can't be written: {error}", str(out)) from None
@@ -101,14 +102,6 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(out)) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _card(source: str, config: GPTBConfig) -> str:

@@ -14,7 +14,7 @@ from typing import Concatenate, ParamSpec
 import torch
 from safetensors.torch import save_file
 
-from gptb_ds.atomic_files import replace_file, sha256_of, sync_folder, write_atomically
+from gptb_ds.atomic_files import replace_file, sha256_of, sync_path, write_atomically
 from gptb_ds.checkpoint.format import (
     MANIFEST,
     MANIFEST_COPY,
@@ -169,7 +169,7 @@ class CheckpointWriter:
     def _complete(self, folder: Path, manifest: Manifest) -> None:
         for name in (MANIFEST_COPY, MANIFEST):
             replace_file(folder / name, manifest.to_json())
-        sync_folder(folder.parent)
+        sync_path(folder.parent)
         with suppress(OSError):  # the checkpoint is there; what can't be deleted now goes after the next one
             prune(self._run, self._keep)
 
@@ -200,4 +200,4 @@ def _clear(folder: Path) -> None:
     if folder.exists():
         _remove(folder)
     folder.mkdir(parents=True)
-    sync_folder(folder.parent)
+    sync_path(folder.parent)

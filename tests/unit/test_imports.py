@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"config", "data", "distributed", "loading", "model"},
     "text_stream": set(),
     "generation": {"data", "loading", "model", "text_stream"},
-    "export": {"loading", "model"},
+    "export": {"atomic_files", "loading", "model"},
     "training": {"atomic_files", "checkpoint", "config", "data", "distributed", "exit_codes", "model"}
     | {"evaluation", "generation", "loading"},
     "plot": {"training"},
