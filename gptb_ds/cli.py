@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 VERBS = {
     "prepare": "documents -> tokenised, memory-mapped store",
     "train": "train a model (alone, or under deepspeed, mpirun or srun)",
-    "evaluate": "held-out loss and bits per byte",
+    "evaluate": "held-out loss, bits per byte, and what the state is worth",
     "generate": "print text as it is generated",
     "export": "a checkpoint -> a folder that transformers loads",
     "plot": "loss curves of runs, side by side, as a picture",

@@ -1,4 +1,4 @@
-"""Evaluation: held-out loss and bits per byte, each document read once from its start.
+"""Evaluation: held-out loss and bits per byte, what the state is worth, and how far a task is solved.
 
 Axes: B lanes of this rank, K steps, S slots, E embedding.
 """
@@ -16,13 +16,15 @@ import torch
 from gptb_ds.config import below_one
 from gptb_ds.data.corpus import Corpus, open_corpus
 from gptb_ds.data.held_out import held_out_windows
+from gptb_ds.data.segments import whole_pieces
 from gptb_ds.data.tasks import Ints, Task, TaskDocument, columns_of, longest_length, parse_task
 from gptb_ds.data.tokenization import fingerprint, tokenizer_name
 from gptb_ds.data.window import Window
 from gptb_ds.distributed.world import World
-from gptb_ds.loading import PRECISIONS, load_any, usable_device
+from gptb_ds.loading import PRECISIONS, load_any, trained_pieces, usable_device
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
+from gptb_ds.state_use import INTERVALS, Reader, Score
 
 Objective = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -92,7 +94,10 @@ def metrics_of(loss: float | None, bytes_per_target: float | None) -> dict[str, 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What `evaluate` reads, and how: `lanes` documents side by side, in windows of `window` columns."""
+    """What `evaluate` reads, and how: `lanes` documents side by side, in windows of `window` columns.
+
+    `reset_every`: the numbers of tokens after which the state is reset for comparison; () = no comparison.
+    """
 
     model: str
     data: Sequence[str] = ()
@@ -101,6 +106,7 @@ class EvaluateOptions:
     window: int = 64
     max_tokens: int | None = None
     max_document_tokens: int | None = None
+    reset_every: Sequence[int] = INTERVALS
     task: str | None = None
     max_length: int = 1000
     device: str = "auto"
@@ -108,14 +114,38 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         errors = below_one(self, "lanes", "window", "max_tokens", "max_document_tokens", "max_length")
+        errors += [f"--reset-every {n}: must be at least 1" for n in self.reset_every if n < 1]
         if not self.data and not self.task:
             errors.append("--data: required, a store made by gptb-ds prepare (or --task NAME)")
         if errors:
             raise ValueError("\n".join(errors))
 
 
-def evaluate(options: EvaluateOptions) -> dict[str, float | int | None]:
-    """`eval_loss`, `eval_bits_per_byte` (None: bytes unknown) and the number of counted `targets` of a model on stores.
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of held-out text: documents read as wholes, and in pieces where it is trained on pieces.
+
+    `main` is the reading that `max_document_tokens` asked for, whole documents by default. `state_use`: whole documents
+    with the state reset every n tokens, rising, and carried last.
+    """
+
+    main: Score
+    state_use: list[Score]
+    pieces: Score | None
+
+    def summary(self) -> dict[str, float | int | str | None]:
+        """The figures of `main`, by the names that metrics.jsonl has for them."""
+        return {
+            "eval_loss": self.main.loss,
+            "eval_bits_per_byte": self.main.bits_per_byte,
+            "eval_perplexity": self.main.perplexity,
+            "targets": int(self.main.targets),
+            "read_as": self.main.read_as,
+        }
+
+
+def evaluate(options: EvaluateOptions) -> Evaluation:
+    """Held-out loss, perplexity and bits per byte of a model on stores, and what its state is worth there.
 
     Raises ValueError for a model or a store that can't be used, or that don't belong together.
     """
@@ -126,18 +156,20 @@ def evaluate(options: EvaluateOptions) -> dict[str, float | int | None]:
             f"--data {' '.join(options.data)}: its tokens are of {corpus.tokenizer}, those of {options.model} of"
             f" {tokenizer_name(tokenizer)}; prepare the text with the model's tokenizer"
         )
+    limit = options.max_document_tokens or trained_pieces(options.model)
+    cut = None if limit is None else whole_pieces(corpus, options.max_tokens, limit)
     world = World(device=usable_device(options.device))
     model.to(device=world.device, dtype=PRECISIONS[options.precision])  # type: ignore[call-arg]
-    objective = WindowObjective(model).eval()
-    held_out = HeldOut(corpus, world, options.lanes, options.window, options.max_tokens, options.max_document_tokens)
-    losses, state_BSE = LossSum(world), model.empty_state(options.lanes)
-    with torch.no_grad():
-        for window in held_out.windows():
-            state_BSE = losses.add(objective, window, state_BSE)
-    loss, count = losses.mean()
-    if loss is None:
+    reader = Reader(WindowObjective(model).eval(), corpus, world, options.lanes, options.window)
+    whole = whole_pieces(corpus, options.max_tokens)
+    use = reader.state_use(whole, "whole documents", corpus.bytes_per_target(), options.reset_every)
+    if not use:
         raise ValueError(f"--data {' '.join(options.data)}: split '{options.split}' has no counted target")
-    return metrics_of(loss, held_out.bytes_per_target) | {"targets": int(count)}
+    pieces = None
+    if cut is not None:
+        pieces = reader.score(cut, f"pieces of {limit:,} tokens", corpus.bytes_per_target(limit))
+    main = pieces if options.max_document_tokens and pieces else use[-1]
+    return Evaluation(main, use, pieces)
 
 
 @dataclass(frozen=True)

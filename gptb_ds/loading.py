@@ -11,7 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
-from gptb_ds.checkpoint.format import checkpoint_folders, has_manifest, newest_good, verify
+from gptb_ds.checkpoint.format import (
+    CheckpointError,
+    checkpoint_folders,
+    has_manifest,
+    newest_good,
+    read_manifest,
+    verify,
+)
 from gptb_ds.checkpoint.reader import CheckpointReader
 from gptb_ds.config import Config
 from gptb_ds.data.tokenization import load_folder, vocab_size
@@ -50,6 +57,18 @@ def load_any(path: str) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
         f"{path}: no run with checkpoints, no checkpoint and no exported folder (config.json);"
         " train first, or check the path"
     )
+
+
+def trained_pieces(path: str) -> int | None:
+    """How long the pieces of a run, or of a checkpoint, could be at most; None: whole documents, or not known."""
+    folder = Path(path)
+    for saved in [folder] if has_manifest(folder) else checkpoint_folders(folder):
+        try:
+            length = read_manifest(saved).identity.get("data.max_document_tokens")
+        except CheckpointError:  # `load_any` passes it over as well
+            continue
+        return length if isinstance(length, int) else None
+    return None
 
 
 def usable_device(name: str) -> torch.device:

@@ -1,7 +1,8 @@
-"""Pictures: loss curves of runs, side by side."""
+"""Pictures: loss curves of runs, side by side, and what a model's state is worth."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from gptb_ds.state_use import Score
 from gptb_ds.training.metrics import read_metrics
 
 
@@ -56,3 +58,37 @@ def plot_runs(runs: Sequence[str], out: str) -> None:
         raise ValueError(f"--out {out}: {error}") from None
     finally:
         plt.close(figure)
+
+
+def plot_state_use(scores: Sequence[Score], out: str) -> None:
+    """Draws the loss over the position in the document, and over how often the state is reset; see `Reader.state_use`.
+
+    Lines differ by shade and marker, so that they do in print as well.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", width_ratios=(3, 2))
+    markers = itertools.cycle("ovs^DP")
+    for number, score in enumerate(scores):
+        carried = score.reset_every is None
+        left.plot(
+            [row.first for row in score.by_position],
+            [row.loss for row in score.by_position],
+            marker="." if carried else next(markers),
+            markersize=4,
+            linewidth=2.2 if carried else 1,
+            color=str(0.0 if carried else 0.75 - 0.5 * number / len(scores)),
+            label="carried" if carried else f"reset every {score.reset_every:,}",
+        )
+    left.set_xlabel(f"position in the document ({scores[-1].read_as})")
+    left.set_ylabel("nats per token")
+    left.set_xscale("log", base=2)
+    left.legend()
+    resets = [(score.reset_every, score.loss) for score in scores if score.reset_every is not None]
+    right.plot([every for every, _ in resets], [loss for _, loss in resets], "o-", color="0.4", label="reset")
+    right.axhline(scores[-1].loss, color="0", linestyle="--", label=f"carried: {scores[-1].loss:.3f}")
+    right.set_xlabel("state reset every so many tokens")
+    right.set_xscale("log", base=2)
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)

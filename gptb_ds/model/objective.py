@@ -60,6 +60,17 @@ class WindowObjective(nn.Module):
             loss = self._head_loss(hidden_RE, targets_KB.reshape(-1), weights_R, sums)
         return loss, new_state_BSE.detach()
 
+    @torch.no_grad()
+    def token_losses(
+        self, input_ids_KB: torch.Tensor, targets_KB: torch.Tensor, reset_KB: torch.Tensor, state_BSE: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cross-entropy of each target in nats, (K, B) float32, and the new state. Without gradients."""
+        hidden_KBE, new_state_BSE = self.model.transformer.unroll(input_ids_KB, state_BSE, reset_KB)
+        rows = max(1, HEAD_ELEMENTS // self.model.config.vocab_size)
+        pieces = zip(hidden_KBE.flatten(0, 1).split(rows), targets_KB.reshape(-1).split(rows), strict=True)
+        losses_R = torch.cat([self._row_losses(*piece) for piece in pieces])
+        return losses_R.view(targets_KB.shape), new_state_BSE
+
     def _gradient_sums(self, like: torch.Tensor) -> Fp32GradientSums | None:
         wanted = like.dtype in (torch.bfloat16, torch.float16) if self.fp32_sums is None else self.fp32_sums
         return Fp32GradientSums() if wanted and torch.is_grad_enabled() else None
@@ -91,8 +102,11 @@ class WindowObjective(nn.Module):
     def _rows_loss(
         self, hidden_RE: torch.Tensor, targets_R: torch.Tensor, weights_R: torch.Tensor | None
     ) -> torch.Tensor:
+        if weights_R is None:
+            return self._row_losses(hidden_RE, targets_R, reduction="sum")
+        return (self._row_losses(hidden_RE, targets_R) * weights_R).sum()
+
+    def _row_losses(self, hidden_RE: torch.Tensor, targets_R: torch.Tensor, reduction: str = "none") -> torch.Tensor:
         logits_RV = self.model.logits_of(hidden_RE)
         logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
-        if weights_R is None:
-            return F.cross_entropy(logits_RV, targets_R, reduction="sum")
-        return (F.cross_entropy(logits_RV, targets_R, reduction="none") * weights_R).sum()
+        return F.cross_entropy(logits_RV, targets_R, reduction=reduction)

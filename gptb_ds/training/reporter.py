@@ -82,7 +82,9 @@ class Reporter:
             return
         loss, bits = line["eval_loss"], line["eval_bits_per_byte"]
         said = "no target that counts is held out" if loss is None else f"held-out loss {loss:.4f}"
-        self.say(f"update {line['update']}: {said}" + ("" if bits is None else f", {bits:.3f} bits per byte"))
+        said += "" if bits is None else f", {bits:.3f} bits per byte"
+        limit = self._facts.identity.get("data.max_document_tokens")
+        self.say(f"update {line['update']}: {said}" + ("" if limit is None else f" (pieces of {limit:,} tokens)"))
         self._add(line)
 
     def sync(self) -> None:
