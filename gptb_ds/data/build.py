@@ -238,5 +238,11 @@ def _say_surprises(tally: Tally, separator: str | None, say: Say) -> None:
     if tally.described:
         many = f"{len(tally.described):,} files beside the records, such as {tally.described[0]},"
         say(f"warning: {many} were read as text to train on; name the records' files alone if they are not meant")
+    if tally.with_nul:
+        many = f"{len(tally.with_nul):,} text files, such as {tally.with_nul[0]},"
+        say(f"warning: {many} hold bytes of 0; if they are no text, leave them out")
+    if tally.doubtful_rows:
+        many = f"{len(tally.doubtful_rows):,} rows of tables, such as {tally.doubtful_rows[0]},"
+        say(f"warning: {many} span lines that look like rows; if a quotation mark is stray there, double it")
     if tally.rows_over_lines:
         say(f"{tally.rows_over_lines:,} rows of tables hold values that span lines")

@@ -154,7 +154,7 @@ def read_documents(records: Iterable[Record], fields: Fields) -> Iterator[Docume
             if not isinstance(record.content, bytes):
                 content = _checked(record.content, record.where)
             elif record.kind == "json":
-                content = _parse(record.content, record.where)
+                content = _parse(record.content, record.where, fields)
             else:
                 content = {fields.text: _decode(record.content, record.where)}
             yield _understand(content, record.where, fields)
@@ -173,7 +173,7 @@ def _decode(raw: bytes, where: str) -> str:
         ) from None
 
 
-def _parse(raw: bytes, where: str) -> Fielded:
+def _parse(raw: bytes, where: str, fields: Fields) -> Fielded:
     text = _decode(raw, where)
     try:
         record = json.loads(text)
@@ -181,7 +181,12 @@ def _parse(raw: bytes, where: str) -> Fielded:
         raise ValueError(f"{where}: broken JSON line ({error.msg} at character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets in brackets
         raise ValueError(f"{where}: broken JSON line ({error})") from None
-    return _checked(record, where)
+    checked = _checked(record, where)
+    for name in fields.names():
+        # A second '"text"' is nearly always a value, or deeper inside; json itself takes the last of several keys.
+        if text.count(f'"{name}"') > 1 and [key for key, _ in json.loads(text, object_pairs_hook=list)].count(name) > 1:
+            raise ValueError(f"{where}: the field '{name}' is there more than once")
+    return checked
 
 
 def _checked(record: object, where: str) -> Fielded:
@@ -224,6 +229,8 @@ def _token_document(record: Fielded, where: str, fields: Fields) -> Document:
         if extra and not (name == fields.loss_mask and extra == 1):
             raise ValueError(f"{where}: '{name}' has {len(values)} entries for {len(ids)} tokens")
         counts = values != (IGNORED if name == fields.labels else 0)
+        if name == fields.loss_mask and ((values < 0) | (values > 1)).any():
+            raise ValueError(f"{where}: '{name}' has other numbers than 0 and 1; a token counts or it does not")
         if name == fields.labels and (values[counts] != ids[counts]).any():
             raise ValueError(
                 f"{where}: '{name}' must repeat '{fields.ids}' or be {IGNORED} where a token does not count"

@@ -20,7 +20,7 @@ KIND_NAMES: dict[Kind, str] = {
     "parquet": "Parquet",
     "arrow": "Arrow",
 }
-TABLE_DELIMITERS = {".csv": None, ".tsv": "\t", ".tab": "\t"}  # None: found out from the content
+TABLE_DELIMITERS = {".csv": None, ".tsv": "\t", ".tab": "\t", ".psv": "|"}  # None: found out from the content
 
 _BY_NAME: dict[str, Kind] = {
     ".parquet": "parquet",
@@ -32,9 +32,11 @@ _BY_NAME: dict[str, Kind] = {
     ".csv": "table",
     ".tsv": "table",
     ".tab": "table",
+    ".psv": "table",
 }
 _PACKINGS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
 _PACKED_NAMES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+_ARROW_STREAM = b"\xff\xff\xff\xff"  # what each message of Arrow's format without a footer begins with
 _HEAD = 1 << 16
 
 # The first bytes of formats that are not read: what they are, and what to do.
@@ -64,6 +66,10 @@ _REFUSED: list[tuple[bytes, str, str]] = [
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "export its text first"),
     (b"\x93NUMPY", "a NumPy array", "save its tokens as Parquet first"),
     (b"Obj\x01", "an Avro file", "save it as Parquet first"),
+    (b"FEA1", "a Feather file of version 1", "save it as Parquet first"),
+    (b"WARC/", "a WARC archive of web pages", "extract its texts first (warcio, trafilatura)"),
+    (b"<mediawiki", "a dump of a wiki", "extract its texts first (wikiextractor)"),
+    (b"version https://git-lfs.", "a pointer of Git LFS, not the file itself", "fetch the file first (git lfs pull)"),
     (b"\x89PNG\r\n", "a picture", "leave it out"),
     (b"\xff\xd8\xff", "a picture", "leave it out"),
     (b"GIF87a", "a picture", "leave it out"),
@@ -113,21 +119,21 @@ def _of_content(head: bytes, suffix: str, kind: Kind, packing: str | None) -> Fo
         return Format(kind, packing, f"{packed}: {_UNPACK} (tar -xf)")
     if head[:5] == b"07070" and all(byte in b"0123456789abcdefABCDEF" for byte in head[:110]) and len(head) > 110:
         return Format(kind, packing, f"a cpio archive: {_UNPACK} (cpio -i)")
+    if kind == "parquet" and head and not head.startswith(b"PAR1"):
+        return Format(kind, packing, "cannot be read (it does not begin as a Parquet file does)")
     for start, what, remedy in _REFUSED:
         if head.startswith(start):
             return Format(kind, packing, f"{what}: {remedy}")
-    columns: dict[bytes, Kind] = {b"PAR1": "parquet", b"ARROW1": "arrow"}
+    columns: dict[bytes, Kind] = {b"PAR1": "parquet", b"ARROW1": "arrow", _ARROW_STREAM: "arrow"}
     for start, named in columns.items():
         if head.startswith(start):
             problem = f"unpack it first, {named} files are compressed inside" if packing else None
             return Format(named, packing, problem)
-    if kind == "parquet" and head:
-        return Format(kind, packing, "cannot be read (it does not begin as a Parquet file does)")
     if kind == "arrow":
         return Format(kind, packing, f"unpack it first, {kind} files are compressed inside" if packing else None)
     if len(head) >= 64 and head.count(0) > len(head) // 10:
         return Format(kind, packing, "not text (every tenth byte is 0): leave it out, or convert it to UTF-8 text")
-    if kind == "text" and _holds_json_lines(head):
+    if kind == "text" and _holds_json(head):
         # A name without an ending says nothing; one that ends in .txt or .md says text.
         return Format("json", packing) if suffix.strip(".0123456789-") == "" else Format(kind, packing, None, True)
     return Format(kind, packing)
@@ -193,11 +199,22 @@ def _is_tar(head: bytes) -> bool:
     return True
 
 
-def _holds_json_lines(head: bytes) -> bool:
-    """Whether its first lines are JSON objects; a line that the head cuts off does not count."""
-    lines = head.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+def _holds_json(head: bytes) -> bool:
+    """Whether it holds JSON records: its first lines are objects, or it begins with an object or an array of them.
+
+    A line that the head cuts off does not count.
+    """
+    text = head.removeprefix(b"\xef\xbb\xbf")
+    lines = text.split(b"\n")
     whole = [line for line in (lines[:-1] if len(head) == _HEAD else lines) if line.strip()][:3]
     try:
-        return bool(whole) and all(isinstance(json.loads(line), dict) for line in whole)
+        if whole and all(isinstance(json.loads(line), dict) for line in whole):
+            return True
+    except (ValueError, RecursionError):
+        pass
+    begun = text.decode(errors="ignore").strip().removeprefix("[").lstrip()
+    try:
+        value, end = json.JSONDecoder().raw_decode(begun)
     except (ValueError, RecursionError):
         return False
+    return isinstance(value, dict) and bool(value) and begun[end:].lstrip()[:1] in ("", ",", "]", "{")

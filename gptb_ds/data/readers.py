@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, TypeAlias
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 24  # bytes of a text file that are looked through at once
 _ROWS_BYTES = 4 << 20  # about the most bytes of rows that are taken out of Parquet or Arrow at once
+_EXCEL = re.compile(r"sep=(.)\r?\n")
 _SPACE = re.compile(r"[ \t\r\n]*")
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what a full disk, a quota or a limit on files is reported as
 _REST = "what follows, to the end of the file, "
@@ -54,7 +55,9 @@ class Tally:
     unparted: list[str] = field(default_factory=list)  # text files in which the separator occurs nowhere
     parted: int = 0
     json_as_text: list[str] = field(default_factory=list)
+    with_nul: list[str] = field(default_factory=list)  # text files that hold bytes of 0
     rows_over_lines: int = 0
+    doubtful_rows: list[str] = field(default_factory=list)  # rows over lines that may be several rows
     described: list[str] = field(default_factory=list)  # files about a data set, such as its README
 
     def kinds(self) -> str:
@@ -118,6 +121,7 @@ class Records:
 
     def __iter__(self) -> Iterator[Record]:
         self.tally.unparted, self.tally.parted, self.tally.rows_over_lines = [], 0, 0
+        self.tally.with_nul, self.tally.doubtful_rows = [], []
         for source, opened in zip(self.sources, self._opened, strict=True):
             if isinstance(opened, list):
                 for file, format in opened:
@@ -152,6 +156,8 @@ class Records:
                 yield from self._read_table(stream, name, TABLE_DELIMITERS[suffix])
             elif self.reading.separator is None:
                 content = stream.read()
+                if b"\0" in content:
+                    self.tally.with_nul.append(name)
                 yield Record(name, "text", content, len(content))
             else:
                 yield from self._read_parts(stream, name, self.reading.separator)
@@ -159,6 +165,8 @@ class Records:
     def _read_parts(self, stream: IO[bytes], name: str, separator: str) -> Iterator[Record]:
         count = 0
         for count, part in enumerate(read_parts(stream, separator), 1):
+            if b"\0" in part and name not in self.tally.with_nul[-1:]:
+                self.tally.with_nul.append(name)
             yield Record(f"{name} (document {count})", "text", part, len(part))
         if count == 1:
             self.tally.unparted.append(name)
@@ -167,7 +175,10 @@ class Records:
 
     def _read_table(self, stream: IO[bytes], name: str, delimiter: str | None) -> Iterator[Record]:
         sample, lines = lines_of(stream)
-        rows = read_rows(lines, find_dialect(sample, self.fields, delimiter))
+        if excel := _EXCEL.match(sample):  # its first line names the delimiter and is no row
+            delimiter, sample = excel[1], sample[excel.end() :]
+            next(lines)
+        rows = read_rows(lines, find_dialect(sample, self.fields, delimiter), first_line=2 if excel else 1)
         names: list[str] | None = None
         for row in rows:
             where = f"{name}:{row.line}"
@@ -175,6 +186,9 @@ class Records:
                 yield Record(where, "fields", None, error=f"{where}: {row.error}")
             elif names is None:
                 names = row.values
+                if error := _twice(where, self.fields, names):
+                    yield Record(where, "fields", None, error=error)
+                    return
             elif len(row.values) > len(names):
                 error = f"{where}: more values than the {len(names)} columns; quote what has a delimiter"
                 yield Record(where, "fields", None, error=error)
@@ -184,6 +198,8 @@ class Records:
                 if len(row.values) < len(names) and all(name in fields for name in self.fields):
                     error = f"{where}: {len(row.values)} values for {len(names)} columns; quote what spans lines"
                 self.tally.rows_over_lines += row.lines > 1
+                if row.doubtful:
+                    self.tally.doubtful_rows.append(where)
                 yield Record(where, "fields", fields, sum(map(len, row.values)), error)
 
 
@@ -262,7 +278,14 @@ def _rows_of(batches: Iterable[pyarrow.RecordBatch | pyarrow.Table], name: str) 
 
 def _lacking(name: str, fields: list[str], has: list[str]) -> str | None:
     missing = next((wanted for wanted in fields if wanted not in has), None)
-    return missing and f"{name}: no field '{missing}'; its fields are {', '.join(has)}"
+    if missing is not None:
+        return f"{name}: no field '{missing}'; its fields are {', '.join(has)}"
+    return _twice(name, fields, has)
+
+
+def _twice(name: str, fields: list[str], has: Sequence[str]) -> str | None:
+    twice = next((wanted for wanted in fields if has.count(wanted) > 1), None)
+    return twice and f"{name}: {has.count(twice)} fields are called '{twice}'; give them names of their own"
 
 
 def _open_data_set(source: Source, reading: Reading, fields: list[str], cache: Path) -> DataSet | tuple[Path, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,8 +58,9 @@ class Finding:
 
 
 def shown(path: str | Path) -> str:
-    """A path as text that can be printed: bytes of its name that are not UTF-8 as escapes."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+    """A path as text for one line: what is not UTF-8, or would move a terminal's cursor, as escapes."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def find_sources(names: list[str], reading: Reading) -> Finding:
@@ -97,32 +100,76 @@ def find_sources(names: list[str], reading: Reading) -> Finding:
 
 
 def _find(name: str, reading: Reading, notes: list[str]) -> Source:
-    path = Path(name).expanduser()
+    if not name:
+        raise ValueError("--source '': is empty (a variable that is not set?); name a file or a folder")
     if name == "stdlib":
         return _standard_library()
     if name.startswith("task:"):
         parse_task(name)
         return Source("task", name)
-    if path.is_file():
+    path = Path(name).expanduser()
+    what, _ = _what(path)
+    if what == "file":
         return Source("files", name, (path,))
-    if path.is_dir():
+    if what == "other" or name == "-":
+        raise ValueError(f"--source {shown(name)}: a pipe, socket or device, which is no file; write a file first")
+    if what == "folder":
         files = tuple(files_below(path, notes))
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return Source("saved", name, files)
         if reading.of_data_sets:
             return Source("loaded", name, files)
         if not files:
-            raise ValueError(f"--source {shown(name)}: the folder has no files")
+            raise ValueError(f"--source {shown(name)}: {'; '.join(['the folder has no files', *notes])}")
         return Source("files", name, files)
     if any(sign in name for sign in _WILDCARDS):
-        files = tuple(_once(sorted(_matches(path), key=_sort_key), {}))
+        left_out = _LeftOut()
+        files = tuple(_once(sorted(_matches(path, left_out), key=_sort_key), {}))
+        notes += left_out.notes()
         if not files:
-            raise ValueError(f"--source {shown(name)}: no file matches")
+            raise ValueError(f"--source {shown(name)}: {'; '.join(['no file matches', *left_out.notes()])}")
         return Source("files", name, files)
     file_like = re.search(r"\.(txt|md|py|jsonl?|ndjson|csv|tsv|parquet|arrow|gz|zst|bz2|xz)$", name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not file_like:
         return Source("loaded", name)
+    if path.is_symlink():
+        raise ValueError(f"--source {shown(name)}: a link that leads nowhere")
     raise ValueError(f"--source {shown(name)}: no such file or folder (data sets of the hub are named OWNER/NAME)")
+
+
+def _what(
+    path: Path | os.DirEntry[str],
+) -> tuple[Literal["file", "folder", "other", "nowhere"], os.stat_result | None]:
+    """What a path leads to, through links. Raises ValueError when that can't be told."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+            return "nowhere", None
+        raise ValueError(f"{shown(Path(path))}: {_unreadable(error)}") from None
+    if stat.S_ISREG(status.st_mode):
+        return "file", status
+    return ("folder" if stat.S_ISDIR(status.st_mode) else "other"), status
+
+
+def _unreadable(error: OSError) -> str:
+    return f"cannot be read ({error.strerror}); change its rights, or leave it out"
+
+
+@dataclass
+class _LeftOut:
+    """What was found and is not read: links that lead nowhere, and what is no file."""
+
+    nowhere: list[Path] = field(default_factory=list)
+    other: list[Path] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        kinds = (("link(s) lead nowhere", self.nowhere), ("pipes, sockets or devices are no files", self.other))
+        return [
+            f"{len(paths)} {what} and are left out, such as {shown(min(paths, key=_sort_key))}"
+            for what, paths in kinds
+            if paths
+        ]
 
 
 def _standard_library() -> Source:
@@ -140,7 +187,7 @@ def files_below(folder: Path, notes: list[str]) -> list[Path]:
     files: list[Path] = []
     visited: set[_FileId] = set()
     seen_files: set[_FileId] = set()
-    dangling: list[Path] = []
+    left_out = _LeftOut()
     links: list[Path] = []
 
     def visit(root: Path) -> None:
@@ -158,26 +205,28 @@ def files_below(folder: Path, notes: list[str]) -> list[Path]:
                     links.append(place / entry.name)
                 elif entry.is_dir():
                     stack.append(place / entry.name)
-                elif entry.is_file():
-                    add(place / entry.name, entry.stat())
+                else:
+                    add(place / entry.name, *_what(entry))
 
-    def add(file: Path, status: os.stat_result) -> None:
-        if (status.st_dev, status.st_ino) not in seen_files:
+    def add(path: Path, what: str, status: os.stat_result | None) -> None:
+        if what == "file" and status and (status.st_dev, status.st_ino) not in seen_files:
             seen_files.add((status.st_dev, status.st_ino))
-            files.append(file)
+            files.append(path)
+        elif what == "other":
+            left_out.other.append(path)
+        elif what == "nowhere" and path.is_symlink():
+            left_out.nowhere.append(path)
 
     visit(folder)
     while links:  # after everything that has a path of its own; a linked folder may hold more links
         batch, links = sorted(links, key=_sort_key), []
         for link in batch:
-            if link.is_dir():
+            what, status = _what(link)
+            if what == "folder":
                 visit(link)
-            elif link.is_file():
-                add(link, link.stat())
-            elif not link.exists():
-                dangling.append(link)
-    if dangling:
-        notes.append(f"{len(dangling)} link(s) lead nowhere and are left out, such as {shown(dangling[0])}")
+            else:
+                add(link, what, status)
+    notes += left_out.notes()
     return sorted(files, key=_sort_key)
 
 
@@ -186,32 +235,39 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: os.fsencode(entry.name))
     except OSError as error:
-        raise ValueError(
-            f"{shown(folder)}: cannot be read ({error.strerror}); change its rights, or leave it out"
-        ) from None
+        raise ValueError(f"{shown(folder)}: {_unreadable(error)}") from None
 
 
 def _sort_key(path: Path) -> tuple[str, ...]:
     return path.parts
 
 
-def _matches(pattern: Path) -> Iterator[Path]:
+def _matches(pattern: Path, left_out: _LeftOut) -> Iterator[Path]:
     """The files that a glob matches, through links too; a linked folder is not entered from inside itself.
 
     `glob.glob` of Python 3.11 enters it until the system refuses, 40 levels deep.
     """
     parts = pattern.parts
     start = Path(parts[0]) if pattern.is_absolute() else Path()
-    return _expand(start, parts[1:] if pattern.is_absolute() else parts, ())
+    for path in _expand(start, parts[1:] if pattern.is_absolute() else parts, ()):
+        what, _ = _what(path)
+        if what == "file":
+            yield path
+        elif what == "other":
+            left_out.other.append(path)
+        elif path.is_symlink():
+            left_out.nowhere.append(path)
 
 
 def _expand(folder: Path, parts: tuple[str, ...], inside: tuple[_FileId, ...]) -> Iterator[Path]:
+    """What the pattern matches and is no folder."""
     first, rest = parts[0], parts[1:]
     if first != "**" and not any(sign in first for sign in _WILDCARDS):
         path = folder / first
-        if rest and path.is_dir():
+        is_folder = _what(path)[0] == "folder"
+        if rest and is_folder:
             yield from _expand(path, rest, ())
-        elif not rest and path.is_file():
+        elif not rest and not is_folder and os.path.lexists(path):
             yield path
         return
     status = folder.stat()
@@ -224,15 +280,17 @@ def _expand(folder: Path, parts: tuple[str, ...], inside: tuple[_FileId, ...]) -
         if entry.name.startswith(".") and not first.startswith("."):
             continue
         path = folder / entry.name
+        # Of a link the system is asked, which may refuse; of the others the folder says it.
+        is_folder = _what(entry)[0] == "folder" if entry.is_symlink() else entry.is_dir()
         if first == "**":
-            if entry.is_dir():
+            if is_folder:
                 yield from _expand(path, parts, (*inside, identity))
-            elif not rest and entry.is_file():
+            elif not rest:
                 yield path
         elif fnmatchcase(entry.name, first):
-            if rest and entry.is_dir():
+            if rest and is_folder:
                 yield from _expand(path, rest, ())
-            elif not rest and entry.is_file():
+            elif not rest and not is_folder:
                 yield path
 
 

@@ -19,27 +19,36 @@ _STRAY = "a quotation mark that is not closed in its row: double it, or put the 
 
 @dataclass(frozen=True)
 class Dialect:
-    """`delimiter` between values; `escape`, what stands before a quotation mark inside quotes (None: it is doubled)."""
+    """`delimiter` between values; `escape`, what stands before a quotation mark inside quotes (None: it is doubled).
+
+    Not `quoted`: quotation marks are signs as any others.
+    """
 
     delimiter: str
     escape: str | None = None
+    quoted: bool = True
 
 
 @dataclass(frozen=True)
 class Row:
-    """`values` of the row that begins in `line` and has `lines` of them, or `error`, why it can't be read."""
+    """`values` of the row that begins in `line` and has `lines` of them, or `error`, why it can't be read.
+
+    `doubtful`: its lines may be rows of their own, which nothing proves.
+    """
 
     line: int
     lines: int
     values: list[str]
     error: str | None = None
+    doubtful: bool = False
 
 
 def find_dialect(sample: str, fields: Sequence[str], delimiter: str | None) -> Dialect:
     """The dialect in which the sample reads best; `delimiter` None: the one that is found.
 
     Best: the header names the wanted `fields`, the header has several columns, the fewest rows fail or have another
-    number of values; then the order `,` `;` tab `|`, and doubled quotation marks.
+    number of values; then the order `,` `;` tab `|`, and doubled quotation marks. Between tabs quotation marks may also
+    mean nothing, as in the dumps of many databases.
     """
     escapes = (None, "\\") if '\\"' in sample else (None,)
 
@@ -51,11 +60,15 @@ def find_dialect(sample: str, fields: Sequence[str], delimiter: str | None) -> D
         return missing, len(names) < 2, wrong
 
     choices = [Dialect(d, e) for d in ([delimiter] if delimiter else _DELIMITERS) for e in escapes]
+    if delimiter in (None, "\t") and "\t" in sample.lstrip().partition("\n")[0]:
+        quoted = read_rows(io.StringIO(sample, newline=""), Dialect("\t"))
+        if not any(row.lines > 1 for row in quoted):  # values over lines are what quotation marks are for
+            choices.append(Dialect("\t", quoted=False))
     return min(choices, key=badness)
 
 
-def read_rows(lines: Iterator[str], dialect: Dialect) -> Iterator[Row]:
-    """The rows, the header first; blank lines are left out.
+def read_rows(lines: Iterator[str], dialect: Dialect, first_line: int = 1) -> Iterator[Row]:
+    """The rows, the header first; blank lines are left out. `first_line` is the number of the first of `lines`.
 
     A quotation mark that is never closed, or is closed in the midst of a value, would take the rows after it along.
     Then only the line where it opens is an error, and reading goes on with the next line. So it does where a row over
@@ -63,9 +76,10 @@ def read_rows(lines: Iterator[str], dialect: Dialect) -> Iterator[Row]:
 
     A stray mark may also be closed by another one, at the end of a later row's value. That reads like a value that
     spans lines, and often is one. It is an error when one of its lines is a row by itself: as many values as the
-    header has, with numbers in all columns that have held only numbers so far (an identifier, a date, a score).
+    header has, with numbers in all columns that have held only numbers so far (an identifier, a date, a score). In a
+    table of texts alone nothing tells one from the other: where every line would be a row, the row is `doubtful`.
     """
-    source = _Lines(lines)
+    source = _Lines(lines, first_line - 1)
     columns: _Columns | None = None
     while True:
         taken: list[str] = []
@@ -82,22 +96,30 @@ def read_rows(lines: Iterator[str], dialect: Dialect) -> Iterator[Row]:
             continue
         if not values:
             continue
+        doubtful = False
         if columns is None:
             columns = _Columns(len(values))
-        elif len(taken) > 1 and (len(values) != columns.count or _hides_rows(taken, dialect, columns)):
+        elif len(taken) > 1 and len(values) != columns.count:
             source.put_back(taken[1:])
             yield Row(line, 1, [], _STRAY)
             continue
         else:
+            if len(taken) > 1:
+                hidden = [columns.like_a_row(inner, values) for inner in _rows_inside(taken, dialect)]
+                if any(hidden) and columns.tell_rows(values):
+                    source.put_back(taken[1:])
+                    yield Row(line, 1, [], _STRAY)
+                    continue
+                doubtful = all(hidden)
             columns.saw(values)
-        yield Row(line, len(taken), values)
+        yield Row(line, len(taken), values, doubtful=doubtful)
 
 
 class _Lines:
     """Lines with their number, some of which can be put back."""
 
-    def __init__(self, lines: Iterator[str]) -> None:
-        self._lines, self._again, self.number = lines, deque[str](), 0
+    def __init__(self, lines: Iterator[str], number: int) -> None:
+        self._lines, self._again, self.number = lines, deque[str](), number
 
     def __iter__(self) -> _Lines:
         return self
@@ -126,33 +148,42 @@ class _Columns:
     """How many columns the header has, and which of them have held only numbers."""
 
     def __init__(self, count: int) -> None:
-        self.count, self.rows = count, 0
+        self.count, self._rows = count, 0
         self._numeric = set(range(count))
 
     def saw(self, values: list[str]) -> None:
         if len(values) == self.count:
-            self.rows += 1
-            self._numeric = {column for column in self._numeric if _is_number(values[column])}
+            self._rows += 1
+            self._numeric = self._numbers_in(values)
 
-    def like_a_row(self, values: list[str]) -> bool:
-        if len(values) != self.count or self.count < 2 or not self.rows or not self._numeric:
+    def tell_rows(self, values: list[str]) -> bool:
+        """Whether a row is known by its numbers: by those of all before, or of `values`, the first."""
+        return self.count > 1 and bool(self._telling(values))
+
+    def like_a_row(self, inner: list[str], values: list[str]) -> bool:
+        """Whether the values `inner` of one line could be a row beside the row of `values`."""
+        if len(inner) != self.count or self.count < 2:
             return False
-        return all(_is_number(values[column]) for column in self._numeric)
+        return all(_is_number(inner[column]) for column in self._telling(values))
+
+    def _telling(self, values: list[str]) -> set[int]:
+        return self._numeric if self._rows else self._numbers_in(values)
+
+    def _numbers_in(self, values: list[str]) -> set[int]:
+        return {column for column in self._numeric if _is_number(values[column])}
 
 
 def _is_number(value: str) -> bool:
     return value.strip().replace(".", "", 1).replace("-", "").replace(":", "").isdecimal()
 
 
-def _hides_rows(taken: list[str], dialect: Dialect, columns: _Columns) -> bool:
+def _rows_inside(taken: list[str], dialect: Dialect) -> Iterator[list[str]]:
+    """What each line after the first would be as a row; nothing where it can be none."""
     for line in taken[1:]:
         try:
-            values = next(_reader([line], dialect), [])
+            yield next(_reader([line], dialect), [])
         except csv.Error:
-            continue
-        if columns.like_a_row(values):
-            return True
-    return False
+            yield []
 
 
 def lines_of(stream: IO[bytes]) -> tuple[str, Iterator[str]]:
@@ -172,4 +203,6 @@ def _reader(lines: Iterable[str], dialect: Dialect) -> Iterator[list[str]]:
         # Python's csv drops every backslash, that of "C:\new" too. Only those before a quotation mark or another
         # backslash are escapes; the others are doubled here.
         lines = (re.sub(r"\\([\"\\])|\\", lambda m: m[0] if m[1] else "\\\\", line) for line in lines)
+    if not dialect.quoted:
+        return csv.reader(lines, delimiter=dialect.delimiter, quoting=csv.QUOTE_NONE)
     return csv.reader(lines, delimiter=dialect.delimiter, escapechar=dialect.escape, strict=True)

@@ -85,6 +85,42 @@ def test_a_file_name_that_is_not_unicode_is_read_and_shown(tmp_path: Path, capsy
     assert "caf\\xe9.txt" in capsys.readouterr().out
 
 
+def test_links_in_a_circle_and_what_is_no_file_are_left_out_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+    for name, target in (
+        ("self.txt", "self.txt"),
+        ("to.txt", "fro.txt"),
+        ("fro.txt", "to.txt"),
+        ("zero.txt", "/dev/zero"),
+    ):
+        (folder / name).symlink_to(target)
+    os.mkfifo(folder / "pipe.txt")
+    for source in (folder, folder / "*.txt", folder / "**"):
+        assert stored(tmp_path, source) == ["one"]
+        said = capsys.readouterr().out
+        assert f"3 link(s) lead nowhere and are left out, such as {folder}/fro.txt" in said
+        assert f"2 pipes, sockets or devices are no files and are left out, such as {folder}/pipe.txt" in said
+    refused = {
+        folder / "pipe.txt": "a pipe, socket or device",
+        folder / "zero.txt": "a pipe, socket or device",
+        "-": "a pipe, socket or device",
+        folder / "self.txt": "a link that leads nowhere",
+        folder / "[s-t]*.txt": "no file matches; 2 link(s) lead nowhere",
+        "": "is empty (a variable that is not set?)",
+    }
+    for source, words in refused.items():
+        assert words in fail("--source", source, "--out", tmp_path / "no")
+
+
+def test_a_name_that_would_move_the_cursor_is_shown_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a\n\x1b[2Jb.txt").write_bytes(b"\xff")
+    assert "a\\n\\x1b[2Jb.txt: not UTF-8" in fail("--source", tmp_path / "a\n\x1b[2Jb.txt", "--out", tmp_path / "no")
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "texts/closed").mkdir(parents=True)
     (tmp_path / "texts/a.txt").write_text("a")
@@ -143,6 +179,9 @@ REFUSED = [
     (starts_with(b"\x04\x22\x4d\x18"), "lz4-compressed: unpack it first"),
     (starts_with(b"%PDF-1.7\n"), "a PDF document: convert it to text first"),
     (starts_with(b"SQLite format 3\x00"), "an SQLite database: export its text first"),
+    (starts_with(b"WARC/1.0\r\nWARC-Type: warcinfo\r\n"), "a WARC archive of web pages: extract its texts first"),
+    (starts_with(b'<mediawiki version="0.10">'), "a dump of a wiki: extract its texts first"),
+    (starts_with(b"version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS, not the file itself"),
     (lambda path: path.write_bytes("wide text".encode("utf-16")), "UTF-16 text: convert it first"),
     (lambda path: path.write_bytes(("wide text " * 9).encode("utf-16-le")), "not text (every tenth byte is 0)"),
     (lambda path: path.write_bytes(gzip.compress(gzip.compress(b"one"))), "packed twice"),
@@ -224,8 +263,31 @@ def test_what_was_taken_as_what_is_said(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"1 files beside the records, such as {folder}/README.md, were read as text" in said
     assert f"1 text files, such as {folder}/notes.txt, hold JSON lines and were read as text" in said
     assert "1 rows of tables hold values that span lines" in said
+    assert "bytes of 0" not in said
     prepare("--describe", tmp_path / "store")
     assert "3 files as JSON records" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ['[{"text": "one"},\n {"text": "two"}]', '{\n"text": ["one", "two"]\n}'])
+def test_json_of_every_shape_is_known_without_an_ending(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("part-00000", "notes.txt"):
+        (tmp_path / name).write_text(content)
+    assert stored(tmp_path, tmp_path / "part-00000") == ["one", "two"]
+    assert stored(tmp_path, tmp_path / "notes.txt") == [content]
+    assert "notes.txt, hold JSON lines and were read as text" in capsys.readouterr().out
+    (tmp_path / "prose").write_text('{"a": 1} is JSON, [this] is not')
+    assert stored(tmp_path, tmp_path / "prose") == ['{"a": 1} is JSON, [this] is not']
+
+
+@pytest.mark.parametrize("options", [(), ("--separator", "\\n")])
+def test_text_with_bytes_of_0_is_said(
+    options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("one two three four five\0 six\n" * 9)
+    stored(tmp_path, tmp_path / "a.txt", *options)
+    assert f"1 text files, such as {tmp_path}/a.txt, hold bytes of 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -315,13 +377,34 @@ def test_parquet_files_may_differ_in_what_nobody_needs(tmp_path: Path) -> None:
     )
 
 
-def test_parquet_is_known_by_its_content(tmp_path: Path) -> None:
+def test_columns_are_known_by_their_content(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.bin", text=["one"])
     assert stored(tmp_path, tmp_path / "a.bin") == ["one"]
+    table = pyarrow.table({"text": ["two"]})
+    with pyarrow.ipc.new_stream(str(tmp_path / "b.bin"), table.schema) as stream:
+        stream.write_table(table)
+    assert stored(tmp_path, tmp_path / "b.bin") == ["two"]
     (tmp_path / "a.parquet").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "a.parquet: cannot be read (it does not begin" in fail(
         "--source", tmp_path / "a.parquet", "--out", tmp_path / "s"
     )
+
+
+def test_a_field_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    """Which of them is meant nobody can tell; the libraries take the last without a word."""
+    twice = pyarrow.table([pyarrow.array(["one"]), pyarrow.array(["two"])], names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("text,text\none,two\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "text": "two"}\n')
+    for name, words in (
+        ("a.parquet", "a.parquet: 2 fields are called 'text'"),
+        ("a.csv", "a.csv:1: 2 fields are called 'text'"),
+        ("a.jsonl", "a.jsonl:1: the field 'text' is there more than once"),
+    ):
+        assert words in fail("--source", tmp_path / name, "--out", tmp_path / "s")
+    (tmp_path / "b.jsonl").write_text('{"text": "one \\"text\\"", "more": {"text": "two"}}\n')
+    (tmp_path / "b.csv").write_text("id,text,id\n1,two,3\n")
+    assert stored(tmp_path, tmp_path / "b.*") == ['one "text"', "two"]
 
 
 def test_the_split_of_a_folder_may_have_columns_that_differ(tmp_path: Path) -> None:
@@ -349,6 +432,8 @@ def test_the_split_of_a_folder_may_have_columns_that_differ(tmp_path: Path) -> N
         ("a.csv", 'id,text\r1,"one, two"\r2,a; b\r'),
         ("a.CSV", 'text,id\n"one, two",1\n\n"a; b",2'),
         ("a.csv", '"text"\n"one, two"\n"a; b"\n'),
+        ("a.csv", 'sep=;\r\nid;text\r\n1;one, two\r\n2;"a; b"\r\n'),
+        ("a.psv", "id|text\n1|one, two\n2|a; b\n"),
     ],
 )
 def test_dialects_of_tables(name: str, content: str, tmp_path: Path) -> None:
@@ -361,6 +446,13 @@ def test_quotation_marks_inside_values(tmp_path: Path) -> None:
     assert stored(tmp_path, tmp_path / "a.csv") == ['5" pipe', "over\nlines", 'say "hi", twice']
     (tmp_path / "a.csv").write_text('id,text\n1,"say \\"hi\\", twice"\n2,"C:\\new\\n"\n3,"a \\\\"\n')
     assert stored(tmp_path, tmp_path / "a.csv") == ["C:\\new\\n", "a \\", 'say "hi", twice']
+
+
+def test_quotation_marks_between_tabs_may_mean_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('id\ttext\n1\t"so" it begins\n2\t"\n3\tplain\n')
+    assert stored(tmp_path, tmp_path / "a.tsv") == ['"', '"so" it begins', "plain"]
+    (tmp_path / "a.tsv").write_text('id\ttext\n1\t"so" it begins\n2\t"\n' + '3\t"two\nlines, a\ttab"\n' * 5)
+    assert "a.tsv:2: a quotation mark" in fail("--source", tmp_path / "a.tsv", "--out", tmp_path / "s")
 
 
 @pytest.mark.parametrize(
@@ -379,6 +471,21 @@ def test_a_stray_mark_costs_its_row_alone(bad: str, tmp_path: Path, capsys: pyte
     texts = stored(tmp_path, tmp_path / "a.csv", "--on-error", "skip")
     assert set(texts) >= {"first", *(f"row {n}" for n in range(3, 40))}
     assert "left out: 1 records with errors" in capsys.readouterr().out
+
+
+def test_a_stray_mark_in_the_first_row_takes_none_along(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1,"open\n2,two\n3,three"\n4,four\n')
+    assert "a.csv:2: a quotation mark" in fail("--source", tmp_path / "a.csv", "--out", tmp_path / "s")
+    assert stored(tmp_path, tmp_path / "a.csv", "--on-error", "skip") == ["four", 'three"', "two"]
+
+
+def test_lines_that_may_be_rows_are_said_where_nothing_tells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.csv").write_text('name,text\nann,one\nbob,"open\ncid,two\ndan,three"\neve,"a poem\nof lines"\n')
+    assert stored(tmp_path, tmp_path / "a.csv") == ["a poem\nof lines", "one", "open\ncid,two\ndan,three"]
+    said = capsys.readouterr().out
+    assert f"warning: 1 rows of tables, such as {tmp_path}/a.csv:3, span lines that look like rows" in said
 
 
 def test_values_over_lines_that_look_a_little_like_rows(tmp_path: Path) -> None:
@@ -426,6 +533,13 @@ def test_a_corpus_in_which_nothing_counts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"input_ids": [5, 6], "labels": [-100, -100]}\n')
     assert "no target counts in the loss" in fail(
         "--source", tmp_path / "a.jsonl", "--labels-field", "labels", "--holdout", 0, "--out", tmp_path / "s"
+    )
+
+
+def test_a_mask_has_ones_and_zeros(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [5, 6], "loss_mask": [2, 0]}\n')
+    assert "a.jsonl (record 1): 'loss_mask' has other numbers than 0 and 1" in fail(
+        "--source", tmp_path / "a.jsonl", "--loss-mask-field", "loss_mask", "--out", tmp_path / "s"
     )
 
 
