@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
 import queue
+import random
 import socket
 import time
 import traceback
@@ -32,11 +34,25 @@ def wait_until(
     return value
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback address that nobody listens on now, different ones.
+
+    Below the ports that the system gives to whoever asks for any (32768 and up on Linux), and from a random place:
+    between this answer and the listening, another test at work beside this one is not likely to take them.
+    """
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(15_000, 32_000), 1_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError(f"no {count} free ports")
+
+
 def free_port() -> int:
-    """A port of the loopback address that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One of `free_ports`."""
+    return free_ports(1)[0]
 
 
 def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:

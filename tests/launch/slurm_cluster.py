@@ -11,6 +11,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.harness.processes import PATIENCE, free_ports
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 PACKAGES = "slurm-wlm, munge"
 
@@ -48,12 +50,12 @@ class SlurmCluster:
         if jobs:
             self._try("scancel", "--full", "--signal=KILL", *jobs)
             self._try("scancel", *jobs)
-            _wait_until(lambda: not self._try("squeue", "-h").strip(), 10)
+            _wait_until(lambda: not self._try("squeue", "-h").strip(), 60)
         for daemon in reversed(self._daemons):
             daemon.terminate()
         for daemon in reversed(self._daemons):
             try:
-                daemon.wait(10)
+                daemon.wait(60)
             except subprocess.TimeoutExpired:
                 daemon.send_signal(signal.SIGKILL)
                 daemon.wait()
@@ -61,7 +63,7 @@ class SlurmCluster:
 
     def run(self, *command: str) -> str:
         """A Slurm command's output. Raises RuntimeError with what it said when it fails."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=PATIENCE)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
         return done.stdout
@@ -97,12 +99,12 @@ class SlurmCluster:
             "munged", "--foreground", "--force", f"--socket={at}/munge.socket", f"--key-file={at}/munge.key",
             f"--pid-file={at}/munged.pid", f"--log-file={at}/munged.log", f"--seed-file={at}/munged.seed",
         )  # fmt: skip
-        if not _wait_until((at / "munge.socket").exists, 10):
+        if not _wait_until((at / "munge.socket").exists, PATIENCE):
             raise RuntimeError(f"munged did not start:\n{self.log()}")
         self._spawn("slurmctld", "-D", "-c")
         for node in self.nodes:
             self._spawn("slurmd", "-D", "-c", "-N", node)
-        if not _wait_until(lambda: self._try("sinfo", "-h", "-o", "%t %D").split() == ["idle", "2"], 30):
+        if not _wait_until(lambda: self._try("sinfo", "-h", "-o", "%t %D").split() == ["idle", "2"], PATIENCE):
             raise RuntimeError(f"the cluster did not come up:\n{self._try('sinfo')}\n{self.log()}")
 
     def _spawn(self, program: str, *arguments: str) -> None:
@@ -126,7 +128,7 @@ class SlurmCluster:
 
     def _configuration(self, cpus: int) -> str:
         at, host = self.folder, socket.gethostname().split(".")[0]
-        ports = _free_ports(3)
+        ports = free_ports(3)
         lines = [
             "ClusterName=throwaway",
             f"SlurmctldHost={host}(127.0.0.1)",
@@ -173,16 +175,6 @@ _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 def missing_programs() -> list[str]:
     """The programs of Slurm and munge that this machine lacks."""
     return [name for name in PROGRAMS if not shutil.which(name, path=_PATH)]
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def _wait_until(condition, seconds: float) -> bool:

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.harness.processes import PATIENCE
+
 PROGRAMS = ("ip", "unshare", "sshd", "ssh", "ssh-keygen", "pdsh")
 PACKAGES = "iproute2, util-linux, openssh-server, openssh-client, pdsh"
 _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
@@ -83,7 +85,7 @@ class TwoHosts:
             _run("ip", "-n", name, "addr", "add", f"{address}/30", "dev", self.interface)
             _run("ip", "-n", name, "link", "set", self.interface, "up")
             self._start_sshd(index)
-        end = time.monotonic() + 20
+        end = time.monotonic() + PATIENCE
         while any(self._answer(0, address) != f"host-{n}" for n, address in enumerate(self.addresses)):
             if time.monotonic() > end:
                 logs = "\n".join(p.read_text() for p in self.folder.glob("sshd-*.log"))
@@ -128,7 +130,7 @@ def _which(program: str) -> str:
 
 
 def _run(*command: str, check: bool = True) -> int:
-    done = subprocess.run([_which(command[0]), *command[1:]], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([_which(command[0]), *command[1:]], capture_output=True, text=True, timeout=PATIENCE)
     if check and done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
     return done.returncode
