@@ -1,8 +1,7 @@
 """Models to compare GPTB with, trained by the same objective on the same windows: GPT-2 and an LSTM.
 
-Both offer what the window objective asks of a model: `unroll`, `empty_state` and `lm_head`.
-
-Axes: B lanes, K steps of a window, E embedding, H cells of an LSTM layer, N layers, V vocabulary.
+Axes: B lanes, K steps of a window, C tokens carried from window to window, E embedding, H cells of an LSTM layer,
+N layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,17 +10,35 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
+from gptb_ds.model import WindowModel
+from gptb_ds.model.gradient_sums import Fp32GradientSums
 
-class GPT2Baseline(GPT2LMHeadModel):
-    """transformers' GPT-2 with the window as its context.
 
-    A token attends to the tokens of its own document inside the window and nothing is carried to the next one. Its
-    checkpoints and exports are those of a plain GPT-2.
+class GPT2Baseline(GPT2LMHeadModel, WindowModel):  # type: ignore[misc]
+    """transformers' GPT-2 over the windows of a stream: a token attends to its own document, as far back as it sees.
+
+    It sees `n_positions` tokens at most. Two keys of its configuration, which a plain GPT-2 has not, say how:
+    `carried_tokens` (0): so many tokens before a window are read again with it while training. `evaluation_stride` (0 =
+    as in training): in eval mode the context slides by so many tokens, so that a prediction sees at least
+    `n_positions - evaluation_stride` tokens of its document, if it has them. The state is the tokens that are read
+    again. Checkpoints and exports are those of a plain GPT-2.
     """
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # As in `GPTBPreTrainedModel`: taken for code from outside, the residual projections would start too large.
+        super()._initialize_weights(module, is_custom_code=False)
+
     def empty_state(self, lanes: int) -> torch.Tensor:
-        """Nothing is carried: (lanes, 0, E)."""
-        return torch.zeros((lanes, 0, self.config.n_embd), dtype=self.dtype, device=self.device)
+        """(lanes, C, 4): three digits of base 256 of each carried token, exact in every type, and its reset flag.
+
+        (lanes, 0, E) when nothing is carried.
+        """
+        stride = getattr(self.config, "evaluation_stride", 0)
+        carried = getattr(self.config, "carried_tokens", 0)
+        if not self.training and stride:
+            carried = self.config.n_positions - stride
+        shape = (lanes, carried, 4) if carried else (lanes, 0, self.config.n_embd)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def unroll(
         self,
@@ -29,25 +46,50 @@ class GPT2Baseline(GPT2LMHeadModel):
         state: torch.Tensor,
         reset_KB: torch.Tensor,
         recompute_every: int = 0,
+        sums: Fp32GradientSums | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Outputs (K, B, E) of the final layer norm, and the state as it was.
+        """Outputs (K, B, E) of the final layer norm, and the tokens to carry on. Of `empty_state` it takes any length.
 
-        `recompute_every` has no meaning here and is ignored. Raises ValueError for a window beyond `n_positions`.
+        Raises ValueError for a window beyond `n_positions` when nothing is carried.
         """
-        steps = input_ids_KB.shape[0]
-        if steps > self.config.n_positions:
-            raise ValueError(f"a window of {steps} columns is beyond n_positions {self.config.n_positions}")
+        steps, carried = input_ids_KB.shape[0], state.shape[1]
+        if not carried:
+            if steps > self.config.n_positions:
+                raise ValueError(f"a window of {steps} columns is beyond n_positions {self.config.n_positions}")
+            return self._read(input_ids_KB, reset_KB), state
+        ids_CB, reset_CB = _from_digits(state)
+        outputs = []
+        stride = self.config.n_positions - carried
+        for ids, reset in zip(input_ids_KB.split(stride), reset_KB.split(stride), strict=True):
+            ids_TB, reset_TB = torch.cat((ids_CB, ids)), torch.cat((reset_CB, reset))
+            outputs.append(self._read(ids_TB, reset_TB)[carried:])
+            ids_CB, reset_CB = ids_TB[-carried:], reset_TB[-carried:]
+        return torch.cat(outputs), _to_digits(ids_CB, reset_CB).to(state.dtype)
+
+    def _read(self, input_ids_KB: torch.Tensor, reset_KB: torch.Tensor) -> torch.Tensor:
+        """Outputs (K, B, E) of columns that are read together."""
         document_BK = reset_KB.t().cumsum(1)
         allowed_BKK = (document_BK[:, :, None] == document_BK[:, None, :]).tril()
         mask_B1KK = torch.zeros(allowed_BKK.shape, dtype=self.dtype, device=self.device)
         mask_B1KK = mask_B1KK.masked_fill(~allowed_BKK, torch.finfo(self.dtype).min)[:, None]
         # A token's position counts from its document's start, or from the window's edge when that came later.
-        column_K = torch.arange(steps, device=reset_KB.device)
+        column_K = torch.arange(len(input_ids_KB), device=reset_KB.device)
         start_BK = torch.where(reset_KB.t(), column_K, 0).cummax(1).values
         hidden_BKE = self.transformer(
             input_ids_KB.t(), attention_mask=mask_B1KK, position_ids=column_K - start_BK, use_cache=False
         ).last_hidden_state
-        return hidden_BKE.transpose(0, 1), state
+        return hidden_BKE.transpose(0, 1)
+
+
+def _to_digits(ids_CB: torch.Tensor, reset_CB: torch.Tensor) -> torch.Tensor:
+    """(B, C, 4)."""
+    digits = (ids_CB % 256, ids_CB // 256 % 256, ids_CB // 65536, reset_CB.long())
+    return torch.stack(digits, dim=-1).transpose(0, 1)
+
+
+def _from_digits(state_BC4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    low, middle, high, reset = state_BC4.transpose(0, 1).long().unbind(-1)
+    return low + 256 * middle + 65536 * high, reset.bool()
 
 
 class LSTMConfig(PreTrainedConfig):
@@ -72,7 +114,7 @@ class LSTMConfig(PreTrainedConfig):
         return (4 * self.n_embd + 2) // 3
 
 
-class LSTMBaseline(PreTrainedModel):
+class LSTMBaseline(PreTrainedModel, WindowModel):
     """torch's LSTM with projections (Sak et al. 2014, arXiv 1402.1128), about as large as GPT-2's blocks."""
 
     config_class = LSTMConfig
@@ -129,11 +171,9 @@ class LSTMBaseline(PreTrainedModel):
         state: torch.Tensor,
         reset_KB: torch.Tensor,
         recompute_every: int = 0,
+        sums: Fp32GradientSums | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Outputs (K, B, E) of the last layer and the new state (B, N, E+H); a reset sets a lane's state to zero.
-
-        `recompute_every` is not offered here and is ignored.
-        """
+        """Outputs (K, B, E) of the last layer and the new state (B, N, E+H); a reset sets a lane's state to zero."""
         x_KBE: torch.Tensor = self.drop(self.wte(input_ids_KB))
         widths = (self.config.n_embd, self.config.cells)
         outputs = []

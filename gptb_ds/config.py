@@ -27,6 +27,9 @@ class Group(BaseModel):
 
 
 class ModelConfig(Group):
+    kind: Literal["gptb", "gpt2", "lstm"] = Field(
+        "gptb", description="gpt2 and lstm: models to compare with, of the same n_layer and n_embd"
+    )
     num_slots: int = Field(20, ge=2, description="S: positions the blocks run over (S-1 state vectors and one token)")
     n_layer: int = Field(12, ge=1, description="GPT-2 blocks")
     n_head: int = Field(12, ge=1, description="attention heads a block")
@@ -35,6 +38,13 @@ class ModelConfig(Group):
     recent_tokens: int = Field(
         0, ge=0, description="C: of the S-1 carried vectors the last C are the embeddings of the last C tokens"
     )
+    carry: Literal["outputs", "shift"] = Field(
+        "outputs", description="the state is the outputs of slots 0..S-2 (the original), or shifted: of 1..S-1"
+    )
+    context: int | None = Field(
+        None, ge=1, description="gpt2: tokens that a prediction sees at most (default: data.window)"
+    )
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of the weights that are drawn")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout of embeddings, attention and residuals")
     init_from: str | None = Field(None, description="GPT-2 folder or hub name whose weights start the blocks")
 
@@ -50,6 +60,8 @@ class ModelConfig(Group):
                 f"model.recent_tokens {self.recent_tokens} leaves no slot for the state; with model.num_slots"
                 f" {self.num_slots} choose at most {self.num_slots - 2}"
             )
+        if self.context is not None and self.kind != "gpt2":
+            errors.append(f"model.context {self.context} is for model.kind gpt2, not {self.kind}; leave it out")
         if errors:
             raise ValueError("\n".join(errors))
         return self
@@ -325,6 +337,12 @@ class Config(Group):
                 f"train.{key} {train.most_groups} does not divide data.lanes {self.data.lanes};"
                 f" choose one of {divisors(self.data.lanes)}"
             )
+        errors += self._only_for_gptb()
+        if (self.model.context or self.data.window) < self.data.window:
+            errors.append(
+                f"model.context {self.model.context} is below data.window {self.data.window}; a window is read in one"
+                " go, choose at least that"
+            )
         if self.train.recompute_every > self.data.window:
             errors.append(
                 f"train.recompute_every {self.train.recompute_every} is above data.window {self.data.window};"
@@ -333,6 +351,25 @@ class Config(Group):
         if errors:
             raise ValueError("\n".join(errors))
         return self
+
+    def _only_for_gptb(self) -> list[str]:
+        """A line for each key that was set and means nothing to a model to compare with."""
+        if self.model.kind == "gptb":
+            return []
+        wanted = {
+            "model.init_from": self.model.init_from is not None,
+            "model.recent_tokens": self.model.recent_tokens > 0,
+            "model.carry": self.model.carry != "outputs",
+            "model.rebias false": not self.model.rebias,
+            "train.compile": self.train.compile,
+            "train.recompute_every": self.train.recompute_every > 0,
+            "run.sample_every": self.run.sample_every > 0,
+        }
+        return [
+            f"{key} is not offered with model.kind {self.model.kind}, a model to compare with; leave it out"
+            for key, is_set in wanted.items()
+            if is_set
+        ]
 
 
 def below_one(options: object, *names: str) -> list[str]:

@@ -22,8 +22,8 @@ from gptb_ds.data.tokenization import fingerprint, tokenizer_name
 from gptb_ds.data.window import Window
 from gptb_ds.distributed.world import World
 from gptb_ds.loading import PRECISIONS, load_any, trained_pieces, usable_device
-from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
+from gptb_ds.model.window_model import WindowModel
 from gptb_ds.state_use import INTERVALS, Reader, Score
 
 Objective = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -159,7 +159,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     limit = options.max_document_tokens or trained_pieces(options.model)
     cut = None if limit is None else whole_pieces(corpus, options.max_tokens, limit)
     world = World(device=usable_device(options.device))
-    model.to(device=world.device, dtype=PRECISIONS[options.precision])  # type: ignore[call-arg]
+    model.to(device=world.device, dtype=PRECISIONS[options.precision])
     reader = Reader(WindowObjective(model).eval(), corpus, world, options.lanes, options.window)
     whole = whole_pieces(corpus, options.max_tokens)
     use = reader.state_use(whole, "whole documents", corpus.bytes_per_target(), options.reset_every)
@@ -190,7 +190,7 @@ class TaskScore:
 
 @torch.no_grad()
 def score_task(
-    model: GPTBLMHeadModel, task: Task, max_length: int, *, documents: int = 64, window: int = 64, seed: int = 1 << 32
+    model: WindowModel, task: Task, max_length: int, *, documents: int = 64, window: int = 64, seed: int = 1 << 32
 ) -> TaskScore:
     """Scores a model (in eval mode) on fresh documents of `max_length`, read step by step with the state carried on.
 
@@ -228,9 +228,7 @@ def _doublings(most: int) -> list[int]:
     return [*itertools.takewhile(lambda n: n < most, (10 << k for k in itertools.count())), most]
 
 
-def _answers(
-    model: GPTBLMHeadModel, documents: list[TaskDocument], window: int, device: torch.device
-) -> tuple[Ints, Ints]:
+def _answers(model: WindowModel, documents: list[TaskDocument], window: int, device: torch.device) -> tuple[Ints, Ints]:
     """Right and asked answers at each position (T)."""
     inputs_TB, targets_TB, counted_TB = columns_of(documents)
     state_BSE = model.empty_state(len(documents))
@@ -239,7 +237,7 @@ def _answers(
         tokens_KB = torch.from_numpy(inputs_TB[first : first + window]).to(device)
         reset_KB = torch.zeros_like(tokens_KB, dtype=torch.bool)
         reset_KB[0] = first == 0
-        hidden_KBE, state_BSE = model.transformer.unroll(tokens_KB, state_BSE, reset_KB)
+        hidden_KBE, state_BSE = model.unroll(tokens_KB, state_BSE, reset_KB)
         answers_KB = model.logits_of(hidden_KBE).argmax(-1).cpu().numpy()
         fits = (answers_KB == targets_TB[first : first + window]) & counted_TB[first : first + window]
         right[first : first + window] = fits.sum(1)
@@ -253,5 +251,5 @@ def evaluate_task(options: EvaluateOptions) -> TaskScore:
     model, tokenizer = load_any(options.model)
     if fingerprint(tokenizer) != fingerprint(task.tokenizer()):
         raise ValueError(f"--task {options.task}: {options.model} was trained on something else: another tokenizer")
-    model.to(device=usable_device(options.device), dtype=PRECISIONS[options.precision])  # type: ignore[call-arg]
+    model.to(device=usable_device(options.device), dtype=PRECISIONS[options.precision])
     return score_task(model, task, options.max_length, documents=options.lanes, window=options.window)

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from gptb_ds import model as model_package
 from gptb_ds.atomic_files import sync_path
+from gptb_ds.baselines import GPT2Baseline
 from gptb_ds.loading import load_any
 from gptb_ds.model.configuration import UNLIMITED, GPTBConfig
+from gptb_ds.model.modeling import GPTBLMHeadModel
 
 AUTO_MAP = {
     "AutoConfig": "configuration.GPTBConfig",
@@ -50,6 +52,10 @@ def export(options: ExportOptions) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: is not empty; name a new folder")
     model, tokenizer = load_any(options.model)
+    if isinstance(model, GPT2Baseline):
+        return _export_gpt2(model, tokenizer, out)
+    if not isinstance(model, GPTBLMHeadModel):
+        raise ValueError(f"{options.model}: holds a {type(model).__name__}, which transformers has no model for")
     config = model.config
     # Other programs take n_positions for the longest text; slots have positions here, tokens have no limit.
     config.slot_positions, config.n_positions = config.position_rows, UNLIMITED
@@ -69,6 +75,16 @@ def export(options: ExportOptions) -> Path:
         for path in code_files():
             shutil.copyfile(path, folder / path.name)
         (folder / "README.md").write_text(_card(options.model, config), encoding="utf-8")
+    return out
+
+
+def _export_gpt2(model: GPT2Baseline, tokenizer: PreTrainedTokenizerBase, out: Path) -> Path:
+    """A plain GPT-2, as transformers' own code reads it."""
+    plain = GPT2LMHeadModel(model.config)
+    plain.load_state_dict(model.state_dict())
+    with _whole_or_not_at_all(out) as folder:
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return out
 
 

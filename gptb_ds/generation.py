@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.generation import BaseStreamer
 
 from gptb_ds.data import tokenization
-from gptb_ds.loading import PRECISIONS, load_any, usable_device
+from gptb_ds.loading import PRECISIONS, load_gptb, usable_device
 from gptb_ds.model import GPTBCache, GPTBLMHeadModel
 from gptb_ds.text_stream import TextStream
 
@@ -269,7 +269,7 @@ def generate_texts(options: GenerateOptions, say: Callable[[str], None] | None =
     prompts, sampling = options.prompts(), options.sampling()
     if options.state_out and (len(prompts) > 1 or options.num_beams > 1):
         raise ValueError("--state-out: a state is saved of one prompt, without beams")
-    model, tokenizer = load_any(options.model)
+    model, tokenizer = load_gptb(options.model)
     model.to(device=usable_device(options.device), dtype=PRECISIONS[options.precision])  # type: ignore[call-arg]
     try:
         rows = [row.tolist() for row in tokenization.encode(tokenizer, prompts)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerBase
+from transformers import GPT2Config, PreTrainedConfig, PreTrainedTokenizerBase
 
+from gptb_ds.baselines import GPT2Baseline, LSTMBaseline, LSTMConfig
 from gptb_ds.checkpoint.format import (
     CheckpointError,
     checkpoint_folders,
@@ -25,6 +26,7 @@ from gptb_ds.data.tokenization import load_folder, vocab_size
 from gptb_ds.distributed.world import World
 from gptb_ds.model.configuration import UNLIMITED, GPTBConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
+from gptb_ds.model.window_model import WindowModel
 
 # Types of a safetensors file that weights may have; all become float32.
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -34,7 +36,16 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_any(path: str) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
+def load_gptb(path: str) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
+    """`load_any`, for what only a GPTB can do. Raises ValueError for a model to compare with, too."""
+    model, tokenizer = load_any(path)
+    if not isinstance(model, GPTBLMHeadModel):
+        remedy = "export it, and use transformers" if isinstance(model, GPT2Baseline) else "train a GPTB"
+        raise ValueError(f"{path}: holds a {type(model).__name__}, a model to compare with; {remedy}")
+    return model, tokenizer
+
+
+def load_any(path: str) -> tuple[WindowModel, PreTrainedTokenizerBase]:
     """Model (float32, eval mode) and tokenizer of a run (its newest good checkpoint), a checkpoint or an export.
 
     Raises ValueError saying what the folder lacks, or what other model it holds. transformers would fill what is
@@ -83,6 +94,36 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def new_model(configuration: PreTrainedConfig) -> WindowModel:
+    """A model with weights that are drawn. Raises ValueError for a configuration that does not hold up."""
+    if isinstance(configuration, GPTBConfig):
+        return GPTBLMHeadModel(configuration)
+    if isinstance(configuration, GPT2Config):
+        return GPT2Baseline(configuration)
+    return LSTMBaseline(cast(LSTMConfig, configuration))
+
+
+def baseline_configuration(config: Config, vocab_size: int, eot_id: int) -> PreTrainedConfig:
+    """The model to compare with that a run's configuration describes, over a store's vocabulary."""
+    model, window = config.model, config.data.window
+    shared: dict[str, Any] = {"vocab_size": vocab_size, "n_layer": model.n_layer, "n_embd": model.n_embd}
+    shared |= {"eos_token_id": eot_id, "bos_token_id": eot_id, "initializer_range": model.initializer_range}
+    if model.kind == "lstm":
+        return LSTMConfig(**shared, dropout=model.dropout)
+    context = model.context or window
+    # Read again with the next window, so that every prediction sees its document as far back as it can.
+    streaming: dict[str, Any] = {"carried_tokens": context - window, "evaluation_stride": max(1, context // 4)}
+    return GPT2Config(
+        **shared,
+        n_head=model.n_head,
+        n_positions=context,
+        resid_pdrop=model.dropout,
+        embd_pdrop=model.dropout,
+        attn_pdrop=model.dropout,
+        **streaming,
+    )
+
+
 def model_configuration(
     config: Config, vocab_size: int, eot_id: int, inherited: dict[str, Any] | None = None
 ) -> GPTBConfig:
@@ -99,6 +140,8 @@ def model_configuration(
         n_embd=model.n_embd,
         rebias=model.rebias,
         recent_tokens=model.recent_tokens,
+        carry=model.carry,
+        initializer_range=model.initializer_range,
         # What starts from a decoder and holds recent tokens begins as that decoder.
         preserve_decoder=model.rebias and model.recent_tokens > 0 and model.init_from is not None,
         resid_pdrop=model.dropout,
@@ -113,9 +156,9 @@ def model_configuration(
     )
 
 
-def _load_checkpoint(folder: Path) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
+def _load_checkpoint(folder: Path) -> tuple[WindowModel, PreTrainedTokenizerBase]:
     reader = CheckpointReader(folder)
-    model = GPTBLMHeadModel(_read_configuration(folder))
+    model = new_model(_read_configuration(folder))
     parameters = dict(model.named_parameters())
     # Which moments there are is the optimizer's matter: only weights are read here.
     reader.check_model({name: tuple(p.shape) for name, p in parameters.items()}, moments=None)
@@ -125,37 +168,45 @@ def _load_checkpoint(folder: Path) -> tuple[GPTBLMHeadModel, PreTrainedTokenizer
     return model.eval(), _read_tokenizer(folder / "tokenizer", model.config)
 
 
-def _load_export(folder: Path) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
+def _load_export(folder: Path) -> tuple[WindowModel, PreTrainedTokenizerBase]:
     config = _read_configuration(folder)
     _check_weights(folder, config)
     tokenizer = _read_tokenizer(folder, config)
-    model = GPTBLMHeadModel.from_pretrained(
+    kind: Any = GPTBLMHeadModel if isinstance(config, GPTBConfig) else GPT2Baseline
+    model: WindowModel = kind.from_pretrained(
         folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
     return model.eval(), tokenizer
 
 
-def _read_configuration(folder: Path) -> GPTBConfig:
-    """The configuration in a folder. Raises ValueError for another model's, or one that makes no model."""
+def _read_configuration(folder: Path) -> PreTrainedConfig:
+    """The configuration in a folder. Raises ValueError for another model's, or one that makes no model.
+
+    A GPT-2 is read when it was trained here: its configuration says how it reads a stream.
+    """
     path = folder / "config.json"
     try:
         values = json.loads(path.read_bytes())
         kind = values.get("model_type")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read: {_one_line(error)}") from None
-    if kind != GPTBConfig.model_type:
+    kinds: dict[str, Any] = {GPTBConfig.model_type: GPTBConfig, LSTMConfig.model_type: LSTMConfig}
+    if "carried_tokens" in values:
+        kinds[GPT2Config.model_type] = GPT2Config
+    if kind not in kinds:
         remedy = "; --model.init_from starts the training of a GPTB from it" if kind == "gpt2" else ""
         raise ValueError(f"{folder}: holds a model of type {kind!r}, this reads {GPTBConfig.model_type!r}{remedy}")
     try:
-        return GPTBConfig.from_pretrained(folder, local_files_only=True)
+        found: PreTrainedConfig = kinds[kind].from_pretrained(folder, local_files_only=True)
+        return found
     except Exception as error:  # transformers has classes of its own for what its checks refuse
         raise ValueError(f"{path}: makes no model: {_one_line(error)}") from None
 
 
-def _check_weights(folder: Path, config: GPTBConfig) -> None:
+def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
     """Raises ValueError, in one line, unless the export's tensors are exactly those of the model."""
     with torch.device("meta"):
-        model = GPTBLMHeadModel(config)
+        model: Any = new_model(config)
     # A tied head is in the model twice, but a parameter once; the file may have it or not.
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing, prefix = {name for name, _ in model.named_parameters()}, f"{model.base_model_prefix}."
@@ -191,7 +242,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
         raise ValueError(f"{folder}: its weights cannot be read: {_one_line(error)}") from None
 
 
-def _read_tokenizer(folder: Path, config: GPTBConfig) -> PreTrainedTokenizerBase:
+def _read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = load_folder(folder)
     except (OSError, KeyError) as error:

@@ -12,6 +12,7 @@ from .modeling import GPTBLMHeadModel, GPTBModel
 from .outputs import GPTBModelOutput, GPTBOutput
 from .recurrence import SlotRecurrence
 from .warm_start import warm_start
+from .window_model import WindowModel
 
 AutoConfig.register(GPTBConfig.model_type, GPTBConfig)
 AutoModel.register(GPTBConfig, GPTBModel)
@@ -25,6 +26,7 @@ __all__ = [
     "GPTBModelOutput",
     "GPTBOutput",
     "SlotRecurrence",
+    "WindowModel",
     "as_gptb_config",
     "inherited",
     "warm_start",

@@ -11,6 +11,8 @@ from transformers import GPT2Config, PreTrainedConfig
 
 # What other programs read as the number of tokens that a model takes. There is no limit: this is one to work with.
 UNLIMITED = 1 << 20
+# What may become the state: see `GPTBConfig`.
+CARRIES = ("outputs", "shift")
 
 
 class GPTBConfig(GPT2Config):
@@ -22,6 +24,9 @@ class GPTBConfig(GPT2Config):
     `preserve_decoder`: the tokens' slots see each other as in a decoder, and the state through a learned gate that
     starts closed. `slot_positions`: rows of the table of positions; None = `n_positions`, which otherwise only tells
     other programs how many tokens the model takes.
+    `carry`: which outputs of the blocks become the state. "outputs": those of the state's own slots, 0..S-2, as in the
+    original. "shift": those of slots 1..S-1, so that the output which the logits are read from is carried on, and every
+    vector moves one slot down a step.
     `dropout=p` sets GPT-2's `resid_pdrop`, `embd_pdrop` and `attn_pdrop` together.
 
     Raises ValueError when `num_slots` is below 2 or beyond the positions, `recent_tokens` leaves no state, or `n_head`
@@ -35,6 +40,7 @@ class GPTBConfig(GPT2Config):
     rebias: bool = True
     recent_tokens: int = 0
     preserve_decoder: bool = False
+    carry: str = "outputs"
     slot_positions: int | None = None
     # GPT-2's own default ids lie outside any smaller vocabulary.
     bos_token_id: int | None = None
@@ -80,6 +86,8 @@ def check_slots(config: PreTrainedConfig) -> None:
             f"recent_tokens is {recent!r}; with num_slots {slots} it must be a whole number from 0 to {slots - 2}"
             " (one slot for the token, at least one for the state)"
         )
+    if getattr(config, "carry", "outputs") not in CARRIES:
+        raise ValueError(f"carry is {config.carry!r}; it must be one of {', '.join(CARRIES)}")
     if config.preserve_decoder and not config.rebias:
         raise ValueError("preserve_decoder with rebias=False: no token would ever reach the state; set rebias=True")
 
@@ -107,8 +115,11 @@ def as_gptb_config(config: GPT2Config) -> GPTBConfig:
 
 
 def warn_if_memoryless(config: GPT2Config) -> None:
-    """Warns when `config` has `rebias` off: position S-1 is then hidden from the state, so no token can reach it."""
-    if not getattr(config, "rebias", True):
+    """Warns when `config` has `rebias` off: position S-1 is then hidden from the state, so no token can reach it.
+
+    Unless the state is what `carry` "shift" makes it: then that position's output becomes a part of it.
+    """
+    if not getattr(config, "rebias", True) and getattr(config, "carry", "outputs") == "outputs":
         warnings.warn(
             "rebias=False makes attention between slots causal: no token ever reaches the state, so the model is"
             " memoryless (each prediction sees one token). Set rebias=True to train a recurrent model.",

@@ -17,8 +17,10 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedMode
 from .attention import NAME as SLOT_ATTENTION
 from .cache import GPTBCache
 from .configuration import GPTBConfig, as_gptb_config
+from .gradient_sums import Fp32GradientSums
 from .outputs import GPTBOutput
 from .recurrence import Shared, SlotRecurrence
+from .window_model import WindowModel
 
 # Arguments that transformers' tokenizers and Trainer hand to any model, and that mean nothing here.
 IGNORED = frozenset({"position_ids", "token_type_ids", "cache_position", "output_attentions"})
@@ -93,7 +95,7 @@ class GPTBModel(SlotRecurrence, GPTBPreTrainedModel, GPT2Model):
         return y_BSE
 
 
-class RecurrentLM(nn.Module):
+class RecurrentLM(WindowModel):
     """What a language model over a `SlotRecurrence` does, whatever the backbone: forward, state, generate.
 
     It stands before `GenerationMixin` and a `PreTrainedModel`, which hold `transformer` and `lm_head`.
@@ -113,6 +115,17 @@ class RecurrentLM(nn.Module):
     def empty_state(self, lanes: int) -> torch.Tensor:
         """A state (lanes, S-1, E) for lanes that begin with a reset; see `SlotRecurrence.empty_state`."""
         return self.transformer.empty_state(lanes)
+
+    def unroll(
+        self,
+        input_ids_KB: torch.Tensor,
+        state: torch.Tensor | None,
+        reset_KB: torch.Tensor | None = None,
+        recompute_every: int = 0,
+        sums: Fp32GradientSums | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last slot's outputs (K, B, E) and the new state; see `SlotRecurrence.unroll`."""
+        return self.transformer.unroll(input_ids_KB, state, reset_KB, recompute_every, sums)
 
     def compile_step(self, **kwargs: Any) -> None:
         """Compiles one step of the recurrence with `torch.compile(**kwargs)`; see `SlotRecurrence.compile_step`."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .gradient_sums import Fp32GradientSums, recomputed_in
-from .modeling import GPTBLMHeadModel
+from .window_model import WindowModel
 
 # Logits kept for the backward pass at once: above so many, the head is recomputed piece by piece.
 HEAD_ELEMENTS = 1 << 26
@@ -26,7 +26,7 @@ class WindowObjective(nn.Module):
     state that leaves the window is detached, so no gradient ever crosses its edge.
     """
 
-    def __init__(self, model: GPTBLMHeadModel, recompute_every: int = 0, fp32_sums: bool | None = None) -> None:
+    def __init__(self, model: WindowModel, recompute_every: int = 0, fp32_sums: bool | None = None) -> None:
         """`recompute_every` = c > 0 keeps only the states of every c-th step and recomputes inside.
 
         `fp32_sums`: gradients through time are summed by `Fp32GradientSums`; off, by autograd, in the weights' type.
@@ -52,7 +52,7 @@ class WindowObjective(nn.Module):
         """
         sums = self._gradient_sums(state_BSE)
         with sums or nullcontext():
-            hidden_KBE, new_state_BSE = self.model.transformer.unroll(
+            hidden_KBE, new_state_BSE = self.model.unroll(
                 input_ids_KB, state_BSE, reset_KB, self.recompute_every if torch.is_grad_enabled() else 0, sums
             )
             hidden_RE = hidden_KBE.flatten(0, 1)  # (K, B, E) -> (K*B, E)
@@ -65,7 +65,7 @@ class WindowObjective(nn.Module):
         self, input_ids_KB: torch.Tensor, targets_KB: torch.Tensor, reset_KB: torch.Tensor, state_BSE: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The cross-entropy of each target in nats, (K, B) float32, and the new state. Without gradients."""
-        hidden_KBE, new_state_BSE = self.model.transformer.unroll(input_ids_KB, state_BSE, reset_KB)
+        hidden_KBE, new_state_BSE = self.model.unroll(input_ids_KB, state_BSE, reset_KB)
         rows = max(1, HEAD_ELEMENTS // self.model.config.vocab_size)
         pieces = zip(hidden_KBE.flatten(0, 1).split(rows), targets_KB.reshape(-1).split(rows), strict=True)
         losses_R = torch.cat([self._row_losses(*piece) for piece in pieces])

@@ -303,22 +303,30 @@ class SlotRecurrence(nn.Module):
             layers += [layer_BSE[:, -1] for layer_BSE in seen]
         # split and not slicing: its backward is one cat.
         outputs_BSE, hidden_B1E = y_BSE.split((y_BSE.shape[1] - 1, 1), dim=1)
-        new_state_BSE = self.next_state(state_BSE, token_B1E, outputs_BSE)
+        new_state_BSE = self.next_state(state_BSE, token_B1E, outputs_BSE, hidden_B1E)
         if mask_B11 is not None:
             new_state_BSE = torch.where(mask_B11, new_state_BSE, before_BSE)
         return hidden_B1E, new_state_BSE
 
-    def next_state(self, state_BSE: torch.Tensor, token_B1E: torch.Tensor, outputs_BSE: torch.Tensor) -> torch.Tensor:
-        """What is carried on, (B, S-1, E), out of what was carried, the token's embedding and the blocks' outputs.
+    def next_state(
+        self, state_BSE: torch.Tensor, token_B1E: torch.Tensor, outputs_BSE: torch.Tensor, hidden_B1E: torch.Tensor
+    ) -> torch.Tensor:
+        """What is carried on, (B, S-1, E): of the state's slots' outputs, or shifted by one with the token's slot's.
 
-        GPTB carries the outputs. With `recent_tokens` = C the last C vectors are the last C tokens' embeddings instead.
-        The one place for another rule: a gate, a cap or a residual between old and new state.
+        GPTB carries the outputs of the state's slots. With `carry` "shift" each vector moves down a slot and the token
+        slot's output, which the logits are read from, comes in as the newest. With `recent_tokens` = C the last C
+        vectors are the last C tokens' embeddings instead. The one place for another rule: a gate, a cap or a residual
+        between old and new state.
         """
         recent = self.recent_tokens
-        if not recent:
-            return outputs_BSE
         kept = state_BSE.shape[1] - recent
-        return torch.cat((outputs_BSE[:, :kept], state_BSE[:, kept + 1 :], token_B1E), dim=1)
+        if getattr(self.config, "carry", "outputs") == "shift":
+            carried_BNE = torch.cat((outputs_BSE[:, 1:kept], hidden_B1E), dim=1)
+        else:
+            carried_BNE = outputs_BSE[:, :kept] if recent else outputs_BSE
+        if not recent:
+            return carried_BNE
+        return torch.cat((carried_BNE, state_BSE[:, kept + 1 :], token_B1E), dim=1)
 
     def slot_mask(self, like_E: torch.Tensor) -> torch.Tensor | None:
         """What is added to the attention scores, (S, S) with a row for each slot that looks; None = nothing.

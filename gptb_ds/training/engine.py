@@ -20,8 +20,8 @@ from torch import nn
 from gptb_ds.config import ConfigError, OptimConfig
 from gptb_ds.data.window import Window
 from gptb_ds.distributed.world import World
-from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
+from gptb_ds.model.window_model import WindowModel
 from gptb_ds.training.deepspeed_policy import Policy, offload_devices, zero_stage
 from gptb_ds.training.noise_scale import GradientNorms
 from gptb_ds.training.optimizers import build_optimizer, trained_parameters
@@ -127,9 +127,9 @@ class Engine:
         return wrapped
 
     @property
-    def model(self) -> GPTBLMHeadModel:
+    def model(self) -> WindowModel:
         """The model inside, with DeepSpeed's hooks on its modules."""
-        model: GPTBLMHeadModel = self._deepspeed.module.model
+        model: WindowModel = self._deepspeed.module.model
         return model
 
     @contextmanager

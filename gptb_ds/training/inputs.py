@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,10 +14,10 @@ from gptb_ds.data.corpus import Corpus, open_corpus
 from gptb_ds.data.documents import load_tokenizer
 from gptb_ds.distributed.world import World, derive_seed
 from gptb_ds.evaluation import HeldOut
-from gptb_ds.loading import model_configuration
-from gptb_ds.model.configuration import inherited, warn_if_memoryless
-from gptb_ds.model.modeling import GPTBLMHeadModel
+from gptb_ds.loading import baseline_configuration, model_configuration, new_model
+from gptb_ds.model.configuration import GPTBConfig, inherited, warn_if_memoryless
 from gptb_ds.model.warm_start import warm_start
+from gptb_ds.model.window_model import WindowModel
 from gptb_ds.training.deepspeed_policy import Policy, check_precision, offload_devices, read_policy, zero_stage
 from gptb_ds.training.engine import check_policy
 from gptb_ds.training.sinks import check_sinks
@@ -32,7 +33,7 @@ class Inputs:
 
     facts: RunFacts
     data: RunData
-    model: GPTBLMHeadModel
+    model: WindowModel
     policy: Policy
     warnings: list[str]
 
@@ -51,14 +52,7 @@ def read_inputs(config: Config, world: World) -> Inputs:
             f"data.path {' '.join(config.data.path)}: no target of the training split counts in the loss, there is"
             " nothing to learn; prepare it again with loss weights, or labels, that are not all masked"
         )
-    torch.manual_seed(derive_seed(config.train.seed, "initialisation"))
-    configuration = model_configuration(config, corpus.vocab_size, corpus.eot_id)
-    if world.rank == 0:
-        warn_if_memoryless(configuration)
-    if config.model.init_from:
-        model = warm_start(configuration, config.model.init_from, print if world.rank == 0 else lambda line: None)
-    else:
-        model = GPTBLMHeadModel(configuration)
+    model = _model(config, world, corpus)
     windows = LaneCollator(
         corpus,
         lanes=config.data.lanes,
@@ -85,6 +79,18 @@ def read_inputs(config: Config, world: World) -> Inputs:
     warnings = [] if held_out else [f"nothing is held out in {' '.join(config.data.path)}: no evaluation"]
     data = RunData(windows, held_out, load_tokenizer(config.data.path[0]))
     return Inputs(facts, data, model.train(), policy, warnings)
+
+
+def _model(config: Config, world: World, corpus: Corpus) -> WindowModel:
+    torch.manual_seed(derive_seed(config.train.seed, "initialisation"))
+    if config.model.kind != "gptb":
+        return new_model(baseline_configuration(config, corpus.vocab_size, corpus.eot_id))
+    configuration = model_configuration(config, corpus.vocab_size, corpus.eot_id)
+    if world.rank == 0:
+        warn_if_memoryless(configuration)
+    if config.model.init_from:
+        return warm_start(configuration, config.model.init_from, print if world.rank == 0 else lambda line: None)
+    return new_model(configuration)
 
 
 def _check_lanes(config: Config, world: World) -> None:
@@ -131,7 +137,7 @@ def _held_out(config: Config, world: World, corpus: Corpus) -> HeldOut | None:
     )
 
 
-def _identity(config: Config, windows: LaneCollator, model: GPTBLMHeadModel) -> dict[str, object]:
+def _identity(config: Config, windows: LaneCollator, model: WindowModel) -> dict[str, object]:
     """What must be the same when the run resumes."""
     corpus, data = windows.corpus, config.data
     identity: dict[str, object] = {
@@ -142,8 +148,13 @@ def _identity(config: Config, windows: LaneCollator, model: GPTBLMHeadModel) -> 
     }
     identity |= {f"data.{key}": getattr(data, key) for key in ("lanes", "window", "seed")}
     identity |= {f"data.{key}": getattr(data, key) for key in ("max_document_tokens", "weights")}
-    identity |= {"train.seed": config.train.seed} | inherited(model.config)
-    shape = ("num_slots", "n_layer", "n_head", "n_embd", "rebias", "recent_tokens")
+    identity |= {"train.seed": config.train.seed}
+    shape: tuple[str, ...] = ("kind", "n_layer", "n_head", "n_embd")
+    if config.model.kind == "gptb":
+        identity |= inherited(cast(GPTBConfig, model.config))
+        shape += ("num_slots", "rebias", "recent_tokens", "carry")
+    if config.model.kind == "gpt2":
+        identity["model.context"] = config.model.context or config.data.window
     return identity | {f"model.{key}": getattr(config.model, key) for key in shape}
 
 

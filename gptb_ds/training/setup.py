@@ -8,9 +8,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from gptb_ds.atomic_files import replace_file
 from gptb_ds.checkpoint.format import Manifest
@@ -25,6 +26,7 @@ from gptb_ds.distributed.join import JoinError, join, leave
 from gptb_ds.distributed.watchdog import Watchdog, progress_made
 from gptb_ds.distributed.world import World, is_shared
 from gptb_ds.exit_codes import DONE, FAULT, STOPPED, USAGE
+from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
 from gptb_ds.training.checkpointer import Checkpointer
 from gptb_ds.training.engine import Engine
@@ -194,8 +196,8 @@ def _build(config: Config, inputs: Inputs, world: World, reporter: Reporter, sto
         measure_noise=facts.train.measure_noise,
     )
     if facts.train.compile:
-        inputs.model.compile_step()
-    files = model_files(inputs.model, inputs.data.tokenizer)
+        cast(GPTBLMHeadModel, inputs.model).compile_step()  # the configuration refuses it for another model
+    files = model_files(cast(PreTrainedModel, inputs.model), inputs.data.tokenizer)
     checkpointer = Checkpointer(facts, engine, inputs.data.windows, reporter, files)
     return Trainer(facts, inputs.data, engine, checkpointer, reporter, stop)
 
@@ -222,8 +224,10 @@ def _headline(config: Config, world: World, trainer: Trainer, in_tf32: bool) -> 
     plain = facts.train.updates_per_window == ["1"]
     taken = "an update" if plain else f"a window, in {' '.join(facts.train.updates_per_window)} updates"
     precision = facts.train.precision + (" (products in TF32)" if in_tf32 else "")
+    kinds = {"gptb": f"{config.model.num_slots} slots", "gpt2": "GPT-2", "lstm": "LSTM"}
+    kind = kinds[config.model.kind]
     return (
-        f"{parameters / 1e6:.2f} M parameters, {config.model.num_slots} slots; {facts.lanes} lanes x"
+        f"{parameters / 1e6:.2f} M parameters, {kind}; {facts.lanes} lanes x"
         f" {facts.window} columns = {facts.window_tokens:,} tokens {taken};"
         f" {world.size} rank(s) on {world.device.type}, ZeRO {engine.stage}, {precision};"
         f" updates {trainer.state.update} to {trainer.updates.last_update}"

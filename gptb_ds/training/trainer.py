@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from gptb_ds.distributed.watchdog import progress_made
 from gptb_ds.distributed.world import World, derive_seed
 from gptb_ds.evaluation import HeldOut, LossSum, metrics_of
 from gptb_ds.generation import generate
+from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.training.checkpointer import Checkpointer
 from gptb_ds.training.engine import Engine
 from gptb_ds.training.metrics import Metrics
@@ -152,7 +154,8 @@ class Trainer:
         """A text from the model as it is. All ranks take part: at stage 3 no rank has the weights alone."""
         seed = derive_seed(self.facts.train.seed, "sample")
         with self.engine.evaluating():
-            tokens = generate(self.engine.model, [], self.facts.run.sample_tokens, seed=seed)
+            # The configuration refuses samples from another model.
+            tokens = generate(cast(GPTBLMHeadModel, self.engine.model), [], self.facts.run.sample_tokens, seed=seed)
         return str(self.data.tokenizer.decode([t for t in tokens if t != self.data.windows.corpus.eot_id]))
 
     def _no_stop_requested(self) -> bool:

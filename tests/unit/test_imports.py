@@ -23,12 +23,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"atomic_files", "config"},
     "distributed": {"exit_codes"},
     "checkpoint": {"atomic_files", "config", "distributed"},
-    "loading": {"checkpoint", "config", "data", "distributed", "model"},
+    "loading": {"baselines", "checkpoint", "config", "data", "distributed", "model"},
     "state_use": {"data", "distributed", "model"},
     "evaluation": {"config", "data", "distributed", "loading", "model", "state_use"},
     "text_stream": set(),
     "generation": {"data", "loading", "model", "text_stream"},
-    "export": {"atomic_files", "loading", "model"},
+    "export": {"atomic_files", "baselines", "loading", "model"},
     "training": {"atomic_files", "checkpoint", "config", "data", "distributed", "exit_codes", "model"}
     | {"evaluation", "generation", "loading"},
     "plot": {"state_use", "training"},
@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"commands", "exit_codes", "suggestions"},
     "__main__": {"cli"},
     "auto_classes": {"model"},
-    "baselines": set(),
+    "baselines": {"model"},
     "__init__": {"auto_classes", "model"},
 }
 # Libraries that only these modules may import: their inner workings are kept in one place.
