@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from gptb_ds.suggestions import nearest
@@ -24,6 +24,14 @@ class Group(BaseModel):
     """A frozen group of keys; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def _as_switch(value: object) -> object:
+    return ("off", "on")[value] if isinstance(value, bool) else value
+
+
+# YAML reads `on` and `off` as truth values.
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
 
 
 class ModelConfig(Group):
@@ -192,6 +200,11 @@ class TrainConfig(Group):
     )
     lane_groups: int = Field(1, ge=1, description="gradient accumulation: a rank's lanes in so many groups")
     recompute_every: int = Field(0, ge=0, description="keep states every c steps and recompute inside (0 = off)")
+    graph: Switch = Field(
+        "auto",
+        description="a window's forward and backward pass as CUDA graphs (auto: where it can be, at ZeRO stages 0 to 2"
+        " without dropout)",
+    )
     compile: bool = Field(False, description="compile the model step with torch.compile")
     seed: int = Field(0, ge=0, description="initialisation and dropout")
     max_bad_updates: int = Field(10, ge=1, description="stop after so many non-finite updates in a row")

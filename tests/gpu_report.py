@@ -207,6 +207,7 @@ def engine() -> dict[str, Any]:
                 precision=precision,
                 optim=OptimConfig(lr=1e-3, warmup_updates=0),
                 policy=with_defaults({"zero_optimization": {"stage": stage}}),
+                graph="off",
             )
             states = [trained.model.empty_state(8) for _ in range(2)]
             losses = []

@@ -5,6 +5,7 @@ Axes: B lanes of this rank or lane group, K steps, S slots, E embedding, V vocab
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -36,6 +37,8 @@ class WindowObjective(nn.Module):
         self.model = model
         self.recompute_every = recompute_every
         self.fp32_sums = fp32_sums
+        # What computes a window with gradients in another way, or returns None to leave it to `forward`.
+        self.replacement: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
 
     def forward(
         self,
@@ -50,6 +53,10 @@ class WindowObjective(nn.Module):
         Shapes: ids, targets, reset and weights (K, B); state (B, S-1, E). A mean of per-rank means would be wrong when
         ranks count different numbers of targets; the caller divides by the global count.
         """
+        if self.replacement is not None and torch.is_grad_enabled():
+            replaced = self.replacement(input_ids_KB, targets_KB, reset_KB, state_BSE, weights_KB)
+            if replaced is not None:
+                return replaced
         sums = self._gradient_sums(state_BSE)
         with sums or nullcontext():
             hidden_KBE, new_state_BSE = self.model.unroll(

@@ -71,6 +71,13 @@ class SlotRecurrence(nn.Module):
         """C: carried vectors that are the embeddings of the last tokens, not outputs of the blocks."""
         return getattr(self.config, "recent_tokens", 0)
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether a forward pass in training draws random numbers."""
+        rates = [getattr(self.config, name, 0.0) for name in ("attn_pdrop", "attention_dropout")]
+        rates += [module.p for module in self.modules() if isinstance(module, nn.Dropout)]
+        return any(rate > 0 for rate in rates if rate is not None)
+
     def post_init(self) -> None:
         """Transformers calls this at the end of a backbone's construction, before weights are drawn."""
         self.initial_embeds = nn.Parameter(torch.empty(self.config.num_slots - 1, self.config.hidden_size))
@@ -220,7 +227,12 @@ class SlotRecurrence(nn.Module):
             columns = tokens, resets[part], masks[part], states[-1], initial_SE, context
             if recomputed and not with_layers:
                 *outputs, state_BSE = checkpoint(
-                    self._steps, *columns, use_reentrant=False, context_fn=recomputed_in(sums)
+                    self._steps,
+                    *columns,
+                    use_reentrant=False,
+                    # A GPU's random state is read by waiting for it, which a CUDA graph can't hold.
+                    preserve_rng_state=self.has_dropout,
+                    context_fn=recomputed_in(sums),
                 )
                 states = [state_BSE]
             else:

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,6 +25,7 @@ from gptb_ds.model.window_model import WindowModel
 from gptb_ds.training.deepspeed_policy import Policy, offload_devices, zero_stage
 from gptb_ds.training.noise_scale import GradientNorms
 from gptb_ds.training.optimizers import build_optimizer, trained_parameters
+from gptb_ds.training.window_graphs import WindowGraphs, refusal
 
 # DeepSpeed looks for its accelerator while it is imported, and says so on standard output.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -82,8 +83,12 @@ class Engine:
         optim: OptimConfig,
         policy: Policy,
         measure_noise: bool = False,
+        graph: str = "auto",
+        say: Callable[[str], None] = print,
     ) -> None:
-        """`lanes` counts this rank's own. Raises DeepSpeedChangedError, see `Fp32State`."""
+        """`lanes` counts this rank's own. `graph`: windows are captured as CUDA graphs, where that is possible ("auto",
+        "on"; "off"); `say` takes the line when it is not. Raises DeepSpeedChangedError, see `Fp32State`.
+        """
         assert lanes % lane_groups == 0
         self.world, self._groups = world, lane_groups
         self.stage = zero_stage(policy)
@@ -109,6 +114,12 @@ class Engine:
             "steps_per_print": None,
         }
         self._norms = GradientNorms(parameters.values(), world.device) if measure_noise else None
+        self.graphs = None
+        refused = refusal(objective.model, world.device, self.stage)
+        if refused is None and graph != "off":
+            self.graphs = WindowGraphs(objective, say, bounded=graph == "auto")
+        elif refused is not None and (graph == "on" or (graph == "auto" and world.device.type != "cpu")):
+            say(f"train.graph {graph}: windows are not captured as CUDA graphs: {refused}")
         self._deepspeed, *_ = deepspeed.initialize(
             model=objective,
             optimizer=self._base,
@@ -118,6 +129,9 @@ class Engine:
         self.fp32_state = Fp32State(
             self._deepspeed, parameters, self._base, stage=self.stage, precision=precision, device=world.device
         )
+        if self.graphs is not None:
+            self.graphs.follow_the_weights()
+            objective.replacement = self.graphs
         self.dtype = next(objective.parameters()).dtype
 
     @property

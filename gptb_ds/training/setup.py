@@ -194,6 +194,8 @@ def _build(config: Config, inputs: Inputs, world: World, reporter: Reporter, sto
         optim=facts.optim,
         policy=inputs.policy,
         measure_noise=facts.train.measure_noise,
+        graph=facts.train.graph,
+        say=reporter.say,
     )
     if facts.train.compile:
         cast(GPTBLMHeadModel, inputs.model).compile_step()  # the configuration refuses it for another model

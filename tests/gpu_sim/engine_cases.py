@@ -1,7 +1,7 @@
 """Updates on the make-believe device, for test_engine.py: prints a JSON line for each case.
 
-A process of its own: `python -m tests.gpu_sim.engine_cases CASE...`, a case being STAGE:PRECISION:RECOMPUTE:GROUPS, or
-window:PRECISION:RECOMPUTE:1.
+A process of its own: `python -m tests.gpu_sim.engine_cases CASE...`, a case being STAGE:PRECISION:RECOMPUTE:GROUPS
+(and :graph for captured windows), or window:PRECISION:RECOMPUTE:1.
 Axes: B lanes, K steps.
 """
 
@@ -13,6 +13,7 @@ from tests.gpu_sim import fake_cuda
 
 os.environ["DS_ACCELERATOR"] = "cuda"
 
+import hashlib
 import json
 import sys
 import traceback
@@ -45,8 +46,8 @@ def windows(update: int, groups: int, device: torch.device) -> list[Window]:
     return Window(tokens[:-1], tokens[1:], reset, None).to(device).split_lanes(groups)
 
 
-def run(world: World, stage: int, precision: str, recompute: int, groups: int) -> dict:
-    """Losses of three updates; what the last one waited for and copied."""
+def run(world: World, stage: int, precision: str, recompute: int, groups: int, graph: str = "off") -> dict:
+    """Losses of three updates and the weights after them; what the last one waited for and copied."""
     engine = Engine(
         WindowObjective(small_model(), recompute),
         world,
@@ -55,6 +56,7 @@ def run(world: World, stage: int, precision: str, recompute: int, groups: int) -
         precision=precision,
         optim=OptimConfig(lr=1e-3, warmup_updates=0),
         policy=with_defaults({"zero_optimization": {"stage": stage}}),
+        graph=graph,
     )
     states = [engine.model.empty_state(LANES // groups) for _ in range(groups)]
     losses, applied = [], []
@@ -64,7 +66,10 @@ def run(world: World, stage: int, precision: str, recompute: int, groups: int) -
         result, states = engine.update(list(zip(parts, states, strict=True)), 1e-3, LANES * STEPS)
         losses.append(result.loss)
         applied.append(result.applied)
-    return {"losses": losses, "applied": applied} | fake_cuda.counts()
+    counts = fake_cuda.counts()
+    tensors = engine.fp32_state.export(lambda name: True)["weight"]
+    weights = {name: hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    return {"losses": losses, "applied": applied, "weights": weights} | counts
 
 
 def run_window(device: torch.device, precision: str, recompute: int) -> dict:
@@ -84,12 +89,13 @@ def main(cases: list[str]) -> None:
     torch.set_num_threads(1)
     world = join(60)
     for case in cases:
-        stage, precision, recompute, groups = case.split(":")
+        stage, precision, recompute, groups, *graph = case.split(":")
         try:
             if stage == "window":
                 found = run_window(world.device, precision, int(recompute))
             else:
-                found = run(world, int(stage), precision, int(recompute), int(groups))
+                options = {"graph": "on"} if graph else {}
+                found = run(world, int(stage), precision, int(recompute), int(groups), **options)
         except Exception:
             found = {"error": traceback.format_exc()}
         print(json.dumps({"case": case} | found), flush=True)

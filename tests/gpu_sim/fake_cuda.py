@@ -52,12 +52,14 @@ def counts() -> dict[str, dict[str, int] | int]:
         "waits": dict(_device.waits()) | dict(_synchronized),
         "copies": dict(_device.copies()),
         "launches": _device.launches(),
+        "replays": _replayed["replays"],
     }
 
 
 def reset() -> None:
     _device.reset()
     _synchronized.clear()
+    _replayed.clear()
 
 
 class Stream:
@@ -111,6 +113,73 @@ class Properties:
     uuid = os.environ.get("FAKE_CUDA_UUID") or f"GPU-{os.getpid()}"
 
 
+class CUDAGraph:
+    """Records the operations of a capture and does them again at a replay, into the same tensors.
+
+    What did not go through a recorded operation (a new tensor in an old one's place, a number on the host) is as it was
+    at the capture, as on a GPU.
+    """
+
+    def __init__(self, keep_graph=False):
+        self.operations = []
+
+    def replay(self):
+        with torch.no_grad():
+            for function, args, options, outputs in self.operations:
+                again = function(*args, **options)
+                if not _writes_or_views(function):
+                    for old, new in zip(_tensors(outputs), _tensors(again), strict=True):
+                        old.copy_(new)
+        _replayed["replays"] += 1
+
+
+def _tensors(value):
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _writes_or_views(function):
+    return any(result.alias_info is not None for result in function._schema.returns) or not function._schema.returns
+
+
+_FORBIDDEN = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero"}
+_replayed: collections.Counter[str] = collections.Counter()
+
+
+class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self, graph):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        moved = [t for t in _tensors((args, kwargs)) if t.device.type != "cuda" and t.dim()]
+        if function._schema.name in _FORBIDDEN or (moved and "copy" in function._schema.name):
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {function}")
+        outputs = function(*args, **(kwargs or {}))
+        self.graph.operations.append((function, args, kwargs or {}, outputs))
+        return outputs
+
+
+class graph:  # noqa: N801
+    capturing = False
+
+    def __init__(self, cuda_graph, pool=None, stream=None, capture_error_mode="global"):
+        self.recorder = _Recorder(cuda_graph)
+
+    def __enter__(self):
+        graph.capturing = True
+        self.recorder.__enter__()
+
+    def __exit__(self, *error):
+        self.recorder.__exit__(*error)
+        graph.capturing = False
+
+
+def _get_rng_state(device=None):
+    if graph.capturing:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing: random state")
+    return torch.get_rng_state()
+
+
 def _set_device(device):
     index = device if isinstance(device, int) else torch.device(device).index
     if index not in (None, 0):
@@ -139,7 +208,7 @@ _REPLACED = _MEMORY | {
     "stream": lambda stream: contextlib.nullcontext(),
     "current_stream": lambda device=None: _stream,
     "default_stream": lambda device=None: _stream,
-    "get_rng_state": lambda device=None: torch.get_rng_state(),
+    "get_rng_state": _get_rng_state,
     "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
     "manual_seed": lambda seed: None,
     "manual_seed_all": lambda seed: None,
@@ -153,7 +222,10 @@ _REPLACED = _MEMORY | {
     "empty_cache": lambda: None,
     "mem_get_info": lambda device=None: (70 * 2**30, 80 * 2**30),
     "device": lambda device: contextlib.nullcontext(),
-    "is_current_stream_capturing": lambda: False,
+    "is_current_stream_capturing": lambda: graph.capturing,
+    "CUDAGraph": CUDAGraph,
+    "graph": graph,
+    "graph_pool_handle": lambda: (0, 1),
     "_initialized": True,
 }
 for _name, _value in _REPLACED.items():
