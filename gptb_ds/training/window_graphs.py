@@ -16,8 +16,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from gptb_ds.distributed.watchdog import progress_made
-from gptb_ds.model.modeling import GPTBLMHeadModel
+from gptb_ds.model.modeling import RecurrentLM
 from gptb_ds.model.objective import WindowObjective
+from gptb_ds.model.window_model import WindowModel
 
 Context: TypeAlias = Any  # torch's, which takes what a forward leaves there for its backward
 # Eager windows before a capture: libraries choose their kernels and take their workspaces in them.
@@ -172,12 +173,14 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def refusal(model: GPTBLMHeadModel, device: torch.device, stage: int) -> str | None:
+def refusal(model: WindowModel, device: torch.device, stage: int) -> str | None:
     """Why windows of this model can't be captured, or None."""
     if device.type != "cuda":
         return f"on {device.type} there are none"
     if stage > 2:
         return f"at ZeRO stage {stage} weights are gathered inside a window"
+    if not isinstance(model, RecurrentLM):
+        return f"a {type(model).__name__} is a baseline, to be compared by its losses"
     if model.transformer.has_dropout:
         return "with dropout each window draws other numbers"
     return None
