@@ -1,4 +1,4 @@
-"""Makes transformers' Auto classes know GPTB as soon as they exist, without loading transformers before that."""
+"""Makes transformers' Auto classes, and lm_eval, know GPTB as soon as they exist, without loading them before that."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from types import ModuleType
 
 # Where transformers defines AutoConfig, which finds the class of a configuration by its `model_type`.
 _TABLE = "transformers.models.auto.configuration_auto"
+# Where lm_eval finds the class of a model by the name that `--model` gives. It has no entry points either.
+_HARNESS = "lm_eval.api.registry"
 
 
 def register() -> None:
-    """After this the Auto classes read folders that hold a GPTB, whoever imports what first.
+    """After this the Auto classes read folders with a GPTB, and lm_eval has a model "gptb", in any order of import.
 
     transformers has no entry points for the models of others: a model must call `AutoConfig.register` itself, and to do
     so it must import transformers and torch, which takes seconds. `gptb-ds --help`, and a `prepare` that has nothing to
     do, should not pay for that. So what is registered is a stand-in, and that when transformers loads its table.
     """
-    if _TABLE in sys.modules:
-        _register_stand_in(sys.modules[_TABLE])
-    elif not any(isinstance(finder, _TableFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _TableFinder())
+    for name, tell in _TOLD.items():
+        if name in sys.modules:
+            tell(sys.modules[name])
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
 class _Late(type):
@@ -49,13 +52,21 @@ def _register_stand_in(table: ModuleType) -> None:
         table.AutoConfig.register(_StandIn.model_type, _StandIn)
 
 
-class _TableFinder(MetaPathFinder):
-    """Finds the table as Python would, and registers the stand-in once it is loaded."""
+def _register_harness(registry: ModuleType) -> None:
+    if "gptb" not in registry.model_registry:
+        registry.model_registry.register("gptb", target="gptb_ds.lm_eval:GPTBLM")
+
+
+_TOLD = {_TABLE: _register_stand_in, _HARNESS: _register_harness}
+
+
+class _Finder(MetaPathFinder):
+    """Finds these modules as Python would, and tells them of GPTB once they are loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _TABLE:
+        if fullname not in _TOLD:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
@@ -64,7 +75,7 @@ class _TableFinder(MetaPathFinder):
 
         def load_and_register(module: ModuleType) -> None:
             load(module)
-            _register_stand_in(module)
+            _TOLD[fullname](module)
 
         spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
         return spec

@@ -192,7 +192,7 @@ class StopAtText(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
         newest = input_ids[:, self._begin :][:, -self._window :]
-        texts = [_text_after(self._tokenizer, [], row) for row in newest.tolist()]
+        texts = [text_after(self._tokenizer, [], row) for row in newest.tolist()]
         stopped = [any(stop in text for stop in self._texts) for text in texts]
         return torch.tensor(stopped, device=input_ids.device)
 
@@ -295,7 +295,7 @@ def generate_texts(options: GenerateOptions, say: Callable[[str], None] | None =
     if options.state_out:
         assert cache is not None
         cache.save(options.state_out, model)
-    return [_text_after(tokenizer, row, new) for row, new in zip(rows, tokens, strict=True)]
+    return [text_after(tokenizer, row, new) for row, new in zip(rows, tokens, strict=True)]
 
 
 def _given_state(options: GenerateOptions, model: GPTBLMHeadModel, lanes: int) -> GPTBCache | None:
@@ -309,7 +309,8 @@ def _given_state(options: GenerateOptions, model: GPTBLMHeadModel, lanes: int) -
     return cache
 
 
-def _text_after(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
+def text_after(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
+    """The text that the new tokens add to that of the prompt."""
     stream = TextStream(tokenizer)
     for token in prompt_ids:
         stream.push(token)
