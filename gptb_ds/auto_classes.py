@@ -30,26 +30,35 @@ def register() -> None:
 
 
 class _Late(type):
-    """A class whose attributes, and whose instances, are those of GPTB's configuration, imported at their first use.
+    """A class whose attributes, and whose instances, are those of a configuration of ours, imported at their first use.
 
     Importing `gptb_ds.model` registers the class itself in place of its stand-in, and the models. It can't be done
     while transformers loads its table: that may happen amid the import of the very GPT-2 that our model stands on.
     """
 
+    stands_for: str
+
     def __getattr__(cls, name: str) -> object:
-        return getattr(import_module("gptb_ds.model").GPTBConfig, name)
+        return getattr(getattr(import_module("gptb_ds.model"), cls.stands_for), name)
 
     def __call__(cls, *args: object, **kwargs: object) -> object:
-        return import_module("gptb_ds.model").GPTBConfig(*args, **kwargs)
+        return getattr(import_module("gptb_ds.model"), cls.stands_for)(*args, **kwargs)
 
 
 class _StandIn(metaclass=_Late):
     model_type = "gptb"
+    stands_for = "GPTBConfig"
+
+
+class _DecoderStandIn(metaclass=_Late):
+    model_type = "gptb_decoder"
+    stands_for = "GPTBDecoderConfig"
 
 
 def _register_stand_in(table: ModuleType) -> None:
     if "gptb_ds.model" not in sys.modules:  # else it has registered itself
-        table.AutoConfig.register(_StandIn.model_type, _StandIn)
+        for stand_in in (_StandIn, _DecoderStandIn):
+            table.AutoConfig.register(stand_in.model_type, stand_in)
 
 
 def _register_harness(registry: ModuleType) -> None:

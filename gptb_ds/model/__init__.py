@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .cache import GPTBCache
 from .configuration import GPTBConfig, as_gptb_config, inherited, warn_if_memoryless
+from .decoder import GPTBDecoderLMHeadModel, GPTBDecoderModel
+from .decoder_configuration import GPTBDecoderConfig
 from .modeling import GPTBLMHeadModel, GPTBModel
 from .outputs import GPTBModelOutput, GPTBOutput
 from .recurrence import SlotRecurrence
@@ -17,10 +19,16 @@ from .window_model import WindowModel
 AutoConfig.register(GPTBConfig.model_type, GPTBConfig)
 AutoModel.register(GPTBConfig, GPTBModel)
 AutoModelForCausalLM.register(GPTBConfig, GPTBLMHeadModel)
+AutoConfig.register(GPTBDecoderConfig.model_type, GPTBDecoderConfig)
+AutoModel.register(GPTBDecoderConfig, GPTBDecoderModel)
+AutoModelForCausalLM.register(GPTBDecoderConfig, GPTBDecoderLMHeadModel)
 
 __all__ = [
     "GPTBCache",
     "GPTBConfig",
+    "GPTBDecoderConfig",
+    "GPTBDecoderLMHeadModel",
+    "GPTBDecoderModel",
     "GPTBLMHeadModel",
     "GPTBModel",
     "GPTBModelOutput",

@@ -231,6 +231,7 @@ def recomputed_in(
 _OPERATIONS = {
     *(torch.addmm, F.linear, F.embedding, F.layer_norm, F.rms_norm),
     *(torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.add, torch.Tensor.add),
+    *(torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.float, torch.Tensor.to),
 }
 
 

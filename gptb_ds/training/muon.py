@@ -30,10 +30,28 @@ _ITERATIONS = 5
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight of the blocks: `parts` equal matrices side by side along dimension `dim`, that of its outputs."""
+    """A weight of the blocks: `parts` matrices side by side along dimension `dim`, that of its outputs.
+
+    They are equally large, or have `sizes` outputs. With `groups` > 1 their outputs alternate: those of the first group
+    (of one head, say) of each part come first, then those of the second group.
+    """
 
     parts: int
     dim: int
+    groups: int = 1
+    sizes: tuple[int, ...] | None = None
+
+    def split(self, weight: torch.Tensor) -> list[torch.Tensor]:
+        """The matrices, each whole."""
+        # Along `dim`: (O) -> (groups, O / groups), of which each part takes its own from every group.
+        grouped = torch.unflatten(weight, self.dim, (self.groups, -1))
+        sizes = self.sizes or (grouped.shape[self.dim + 1] // self.parts,) * self.parts
+        return [part.flatten(self.dim, self.dim + 1) for part in torch.split(grouped, list(sizes), self.dim + 1)]
+
+    def join(self, matrices: list[torch.Tensor]) -> torch.Tensor:
+        """The weight, from what `split` gave."""
+        grouped = [torch.unflatten(matrix, self.dim, (self.groups, -1)) for matrix in matrices]
+        return torch.cat(grouped, self.dim + 1).flatten(self.dim, self.dim + 1)
 
 
 @dataclass(frozen=True)
@@ -56,16 +74,35 @@ def matrices_of(model: nn.Module) -> dict[str, Matrix]:
     """The weights that Muon takes, by parameter name: those of the blocks' linear layers.
 
     Not the embeddings, the head, norms, biases and the initial state: their rows are read one at a time, or they are no
-    linear maps; Muon's authors leave them to AdamW (Jordan et al. 2024, kellerjordan.github.io/posts/muon). GPT-2's
-    `c_attn` holds q, k and v, three maps that happen to share their input.
+    linear maps; Muon's authors leave them to AdamW (Jordan et al. 2024, kellerjordan.github.io/posts/muon). Maps that
+    share their input, and so a weight, are told apart: q, k and v in GPT-2's `c_attn`, for one.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, (Conv1D, nn.Linear)) and module is not head:
-            fused = name.endswith("c_attn")
-            found[f"{name}.weight"] = Matrix(3 if fused else 1, 1 if isinstance(module, Conv1D) else 0)
+            dim = 1 if isinstance(module, Conv1D) else 0
+            kind = name.rpartition(".")[2]
+            if kind in _FUSED_ATTENTION:
+                found[f"{name}.weight"] = _fused_attention(model, kind, module.weight.shape[dim], dim)
+            else:
+                found[f"{name}.weight"] = Matrix(2 if kind == "gate_up_proj" else 1, dim)
     return found
+
+
+# Names of layers that hold q, k and v: GPT-2's; Phi 3's; GPT-NeoX', Bloom's and Falcon's.
+_FUSED_ATTENTION = ("c_attn", "qkv_proj", "query_key_value")
+
+
+def _fused_attention(model: Any, kind: str, outputs: int, dim: int) -> Matrix:
+    config = getattr(model.config, "backbone_config", model.config)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if outputs == 3 * heads * width:
+        # `query_key_value` has q, k and v of the first head, then of the second.
+        return Matrix(3, dim, groups=heads if kind == "query_key_value" else 1)
+    shared = (outputs - heads * width) // 2  # keys and values that several heads share
+    return Matrix(3, dim, sizes=(heads * width, shared, shared))
 
 
 def orthogonalised(matrix: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -90,11 +127,9 @@ def muon_direction(momentum: torch.Tensor, matrix: Matrix, dtype: torch.dtype = 
     The scale 0.2 * sqrt(max(I, O)) gives the step the root mean square of AdamW's steps, so that AdamW's learning rate
     and weight decay carry over (Moonlight, 2502.16982). It is the same for a matrix and its transpose.
     """
-    parts = [
-        orthogonalised(part, dtype) * (0.2 * max(part.shape) ** 0.5)
-        for part in momentum.chunk(matrix.parts, matrix.dim)
-    ]
-    return torch.cat(parts, matrix.dim)
+    return matrix.join(
+        [orthogonalised(part, dtype) * (0.2 * max(part.shape) ** 0.5) for part in matrix.split(momentum)]
+    )
 
 
 class MuonWithAdamW(torch.optim.AdamW):

@@ -1,0 +1,165 @@
+"""Which decoders of transformers can be a backbone: their configurations by name, and what makes one unsuitable.
+
+Axes: S slots, E embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
+from .decoder import GPTBDecoderLMHeadModel, GPTBDecoderModel
+from .decoder_configuration import GPTBDecoderConfig
+
+# Of each of these the tests train a small one, and start from a small one that they have trained.
+TESTED = ("llama", "qwen3", "gpt_neox", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "olmo2", "phi3")
+# The names that dropout has in transformers' decoders.
+_DROPOUTS = (
+    *("attention_dropout", "hidden_dropout", "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    *("residual_dropout", "embedding_dropout"),
+)
+
+
+def named_backbone(name: str, sizes: dict[str, int], *, dropout: float, **values: object) -> PreTrainedConfig:
+    """The configuration of a family of decoders in a size of ours; what is not given is as the family has it.
+
+    `sizes`, by transformers' general names: `hidden_size`, `num_hidden_layers`, `num_attention_heads`, and if wanted
+    `num_key_value_heads` (default: as many as heads) and `intermediate_size` (default: the family's own ratio to the
+    width). `values` are further keys that every family has.
+
+    Raises ValueError for a name that transformers does not know, or a family that can't be a backbone, or not so.
+    """
+    if name not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(name, list(CONFIG_MAPPING), 1)
+        hint = f"did you mean {near[0]}?" if near else f"such as {', '.join(('gpt2', *TESTED))}, or a folder"
+        raise ValueError(f"backbone {name!r}: no decoder of transformers, and no folder with a config.json; {hint}")
+    kind: Any = CONFIG_MAPPING[name]
+    usual = kind()
+    check_architecture(usual, name)
+    given = {"num_key_value_heads": sizes["num_attention_heads"]} | sizes
+    if "intermediate_size" not in given and getattr(usual, "intermediate_size", None):
+        ratio = usual.intermediate_size / usual.hidden_size
+        given["intermediate_size"] = 8 * max(1, round(ratio * given["hidden_size"] / 8))
+    known = {field.name for field in dataclasses.fields(kind)} | kind.attribute_map.keys()
+    missing = sorted(sizes.keys() - known)
+    if "num_attention_heads" in missing:
+        raise ValueError(f"backbone {name}: it has no attention, so that nothing would pass back from the token's slot")
+    if missing:
+        raise ValueError(f"backbone {name}: it has no {', '.join(missing)}; leave that out, or give a folder")
+    if "head_dim" in known:
+        given["head_dim"] = given["hidden_size"] // given["num_attention_heads"]
+    dropouts = {key: dropout for key in _DROPOUTS if key in known}
+    # Ids that a family has by default are those of its own tokenizer.
+    tokens = {key: None for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    wanted = tokens | {key: value for key, value in given.items() if key in known} | dropouts | values
+    try:
+        found: PreTrainedConfig = kind(**{kind.attribute_map.get(key, key): value for key, value in wanted.items()})
+    except Exception as error:  # transformers has classes of its own for what its checks refuse
+        raise ValueError(f"backbone {name}: {_one_line(error)}") from None
+    return found
+
+
+def build_decoder(config: GPTBDecoderConfig) -> GPTBDecoderLMHeadModel:
+    """A model with weights that are drawn, whose decoder is known to do as a backbone (`check_backbone`).
+
+    Raises ValueError, in one line with the reason.
+    """
+    name = config.backbone.model_type
+    check_architecture(config.backbone, name)
+    try:
+        model = GPTBDecoderLMHeadModel(config)
+    except Exception as error:  # a family's own mistakes with sizes that it was not written for
+        raise ValueError(f"backbone {name}: can't be built so ({_one_line(error)})") from None
+    check_backbone(model.transformer)
+    return model
+
+
+def check_architecture(config: PreTrainedConfig, name: str) -> None:
+    """Raises ValueError, in one line with the reason, for what is no decoder in one piece."""
+    reason = None
+    if config.is_encoder_decoder:
+        reason = "an encoder and a decoder; its decoder alone predicts nothing"
+    elif config.get_text_config() is not config:
+        text = config.get_text_config().model_type
+        reason = f"a model of several parts; its text decoder is {text}"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        reason = "no language model of transformers"
+    if reason:
+        raise ValueError(f"backbone {name}: {reason}; choose a decoder, such as {', '.join(TESTED[:4])}")
+
+
+def check_backbone(model: GPTBDecoderModel) -> None:
+    """Tries whether the decoder does what the recurrence needs of it, by one pass over the slots and its gradient.
+
+    It must take embeddings and a mask, return an output for each slot, let every slot reach every other as the mask
+    says (attention that is causal, or looks at neighbours only, whatever the mask says, would keep tokens from the
+    state), and take a state as it is.
+
+    Raises ValueError, in one line with the reason.
+    """
+    config: GPTBDecoderConfig = model.config
+    slots, name = config.num_slots, config.backbone.model_type
+    window = _sliding_window(config.backbone)
+    if window is not None and window < slots:
+        raise ValueError(
+            f"backbone {name}: sliding_window {window} is below num_slots {slots}: slots would not all see each other;"
+            " raise it or lower num_slots"
+        )
+    if config.preserve_decoder and not model.takes_positions:
+        raise ValueError(f"backbone {name}: it takes no positions, and so can't be preserved; set recent_tokens 0")
+    training = model.training
+    # For each slot a set of slots of its own: output s of set s, followed back to all inputs of that set.
+    x_SSE = torch.randn((slots, slots, config.hidden_size), generator=torch.Generator().manual_seed(0)).to(model.device)
+    x_SSE = x_SSE.to(model.dtype).requires_grad_()
+    layers: list[torch.Tensor] = []
+    try:
+        y_SSE = model.eval().run_slots(x_SSE, model.slot_context(model.initial_embeds), layers)
+        own_SE = y_SSE.diagonal(dim1=0, dim2=1).t()
+        direction_SE = torch.randn(own_SE.shape, generator=torch.Generator().manual_seed(1)).to(own_SE)
+        (gradient_SSE,) = torch.autograd.grad((own_SE * direction_SE).sum(), x_SSE)
+    except Exception as error:
+        raise ValueError(
+            f"backbone {name}: it does not run over embeddings with a mask among them ({_one_line(error)})"
+        ) from None
+    finally:
+        model.train(training)
+    if not config.rebias:
+        return
+    reach_SS = gradient_SSE.norm(dim=-1)
+    if config.preserve_decoder:
+        reach_SS = reach_SS[: -model.recent_tokens - 1]  # the tokens' slots see what is before them only
+    if not (reach_SS > 0).all():
+        looks, seen = (int(i) for i in (reach_SS <= 0).nonzero()[0])
+        raise ValueError(
+            f"backbone {name}: slot {looks} does not see slot {seen}, whatever the mask says, so that tokens would not"
+            " reach the state; choose a decoder with attention that follows its mask"
+        )
+    _check_scale(layers[0], x_SSE, name)
+
+
+def _check_scale(first_SSE: torch.Tensor, x_SSE: torch.Tensor, name: str) -> None:
+    """A state must enter the blocks as it came out of them, and not multiplied each time by some factor."""
+    difference = (first_SSE - first_SSE[:1]).flatten().detach()
+    given = (x_SSE - x_SSE[:1]).flatten().detach()
+    factor = float(difference @ given / (given @ given))
+    is_multiple = (difference - factor * given).norm() < 1e-3 * difference.norm()
+    if is_multiple and abs(factor - 1) > 1e-2:
+        raise ValueError(
+            f"backbone {name}: it multiplies what it is given by {factor:.4g} before its first block, which is not"
+            " known here; states would not enter as they are"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _sliding_window(config: Any) -> int | None:
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    sizes = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    return min((size for size in sizes if size), default=None)
