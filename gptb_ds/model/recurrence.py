@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from .cache import GPTBCache
 from .gradient_sums import Fp32GradientSums, recomputed_in
+from .input_checks import check_inputs, read_mask, state_of
 from .outputs import GPTBModelOutput
 
 # Columns embedded and kept at once when no gradient is needed: the memory of a prompt of any length.
@@ -155,17 +156,17 @@ class SlotRecurrence(nn.Module):
         """
         if time_major:
             assert input_ids is not None
-            self._check_inputs(input_ids, None, past_hidden_states, reset, recompute_every)
+            check_inputs(input_ids, None, past_hidden_states, reset, recompute_every, self.config)
             unrolled = self._unroll(input_ids, None, past_hidden_states, reset, None, recompute_every, sums=sums)
             return unrolled.hidden_KBE, unrolled.states[-1]
         ids_TB, embeds_TBE, reset_TB = (_turned(tensor) for tensor in (input_ids, inputs_embeds, reset))
-        self._check_inputs(ids_TB, embeds_TBE, past_hidden_states, reset_TB, recompute_every)
+        check_inputs(ids_TB, embeds_TBE, past_hidden_states, reset_TB, recompute_every, self.config)
         given = ids_TB if ids_TB is not None else embeds_TBE
         assert given is not None
-        mask_TB = _read_mask(attention_mask, given)
+        mask_TB = read_mask(attention_mask, given)
         state = past_hidden_states
         if past_key_values is not None:
-            state = _state_of(past_key_values, state, self, given.shape[1])
+            state = state_of(past_key_values, state, self.config, given.shape[1])
         if use_cache is None:
             use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
         cache = (past_key_values or GPTBCache()) if use_cache else None
@@ -368,46 +369,6 @@ class SlotRecurrence(nn.Module):
                 " use the tokenizer that the model was made for"
             ) from None
 
-    def _check_inputs(
-        self,
-        ids_KB: torch.Tensor | None,
-        embeds_KBE: torch.Tensor | None,
-        state: torch.Tensor | None,
-        reset_KB: torch.Tensor | None,
-        recompute_every: int,
-    ) -> None:
-        if (ids_KB is None) == (embeds_KBE is None):
-            raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
-        width = self.config.hidden_size
-        if ids_KB is not None:
-            shape = _lanes_first(ids_KB)
-            if len(shape) != 2 or 0 in shape:
-                raise ValueError(f"input_ids has shape {shape}; expected (lanes, steps), at least one of each")
-            if ids_KB.dtype not in (torch.int64, torch.int32):
-                raise ValueError(f"input_ids has type {ids_KB.dtype}; expected whole numbers (torch.int64 or int32)")
-        else:
-            assert embeds_KBE is not None
-            shape = _lanes_first(embeds_KBE)
-            if len(shape) != 3 or 0 in shape or shape[2] != width:
-                raise ValueError(f"inputs_embeds has shape {shape}; expected (lanes, steps, {width})")
-        check_state(state, shape[0], self.config)
-        if reset_KB is not None and (_lanes_first(reset_KB) != shape[:2] or reset_KB.dtype != torch.bool):
-            raise ValueError(
-                f"reset has shape {_lanes_first(reset_KB)} and type {reset_KB.dtype}; expected {shape[:2]} like"
-                " input_ids, bool"
-            )
-        if recompute_every < 0:
-            raise ValueError(f"recompute_every is {recompute_every}; expected 0 (off) or a number of steps")
-
-
-def check_state(state_BSE: torch.Tensor | None, lanes: int, config: PreTrainedConfig) -> None:
-    """Raises ValueError for a state of another shape than `lanes` lanes of the model of `config` have."""
-    expected = (lanes, config.num_slots - 1, config.hidden_size)
-    if state_BSE is not None and tuple(state_BSE.shape) != expected:
-        raise ValueError(
-            f"past_hidden_states has shape {tuple(state_BSE.shape)}; expected {expected}: (lanes, num_slots - 1, width)"
-        )
-
 
 def _widened(shared: Item) -> Item:
     """What all columns share, in float32 if it has fewer bits."""
@@ -427,44 +388,9 @@ def _turned(tensor_BT: torch.Tensor | None) -> torch.Tensor | None:
     return tensor_BT.transpose(0, 1) if tensor_BT is not None and tensor_BT.dim() > 1 else tensor_BT
 
 
-def _lanes_first(tensor_KB: torch.Tensor) -> tuple[int, ...]:
-    shape = tuple(tensor_KB.shape)
-    return (shape[1], shape[0], *shape[2:]) if len(shape) > 1 else shape
-
-
 def _columns(flags_KB: torch.Tensor | None, steps: int) -> Sequence[torch.Tensor | None]:
     """K flags (B, 1, 1), ready to choose between states."""
     return [None] * steps if flags_KB is None else flags_KB[:, :, None, None].unbind(0)
-
-
-def _read_mask(attention_mask: torch.Tensor | None, given_TB: torch.Tensor) -> torch.Tensor | None:
-    """(T, B) bool: which of this call's tokens are read. A mask may also cover the tokens that came before them."""
-    if attention_mask is None:
-        return None
-    steps, lanes = given_TB.shape[:2]
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != lanes or attention_mask.shape[1] < steps:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected ({lanes}, {steps}), one number for each"
-            " token (0 = not read)"
-        )
-    return attention_mask[:, -steps:].to(given_TB.device).bool().t()
-
-
-def _state_of(cache: GPTBCache, state: torch.Tensor | None, model: SlotRecurrence, lanes: int) -> torch.Tensor | None:
-    if not isinstance(cache, GPTBCache):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}; this model keeps its state in a GPTBCache (the"
-            " past_key_values that it returns)"
-        )
-    if state is not None:
-        raise ValueError("give the state as past_key_values or as past_hidden_states, not both")
-    if cache.state is not None and cache.state.shape[0] != lanes:
-        raise ValueError(
-            f"past_key_values holds {cache.state.shape[0]} lanes, the tokens have {lanes};"
-            " cache.batch_repeat_interleave(n) gives each lane n times"
-        )
-    check_state(cache.state, lanes, model.config)
-    return cache.state
 
 
 def _wants_dict(return_dict: bool | None, config: PreTrainedConfig) -> bool:
