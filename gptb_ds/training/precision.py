@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
 import yaml
 
 from gptb_ds.config import Config
+from gptb_ds.training.flops import matmul_seconds
 
 # bf16 must be this much faster on a CPU: below, its missing bits are not worth it.
 _WORTH = 1.1
@@ -36,16 +36,11 @@ def faster_on_this_cpu(rows: int, width: int) -> str:
 
     Processors differ: one with AVX-512 BF16 units can be twice as fast in bf16 as in fp32, another half as fast.
     """
-    taken = {}
-    rows = min(rows, 4096)
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        x, weight = torch.ones(rows, width, dtype=dtype), torch.ones(width, 4 * width, dtype=dtype)
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            x @ weight
-            times.append(time.perf_counter() - start)
-        taken[name] = min(times[1:])
+    rows, cpu = min(rows, 4096), torch.device("cpu")
+    taken = {
+        name: matmul_seconds(cpu, dtype, rows, width)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
     return "bf16" if taken["bf16"] * _WORTH < taken["fp32"] else "fp32"
 
 
