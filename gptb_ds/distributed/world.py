@@ -33,14 +33,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def max(self, *values: float) -> list[float]:
-        """The largest of each value over the ranks: what one rank has noticed, all then know."""
-        if self.size == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
-        return tensor.tolist()
-
     def all_gather(self, value: T) -> list[T]:
         """Every rank's small Python value, in rank order, on all ranks."""
         if self.size == 1:
@@ -114,6 +106,39 @@ class World:
                     dist.recv(_bytes(whole[index]), member, group=self.control)
             stacked[name] = whole
         return stacked
+
+
+class AnyRank:
+    """Whether any rank has said yes, known one question later: the answer travels while the device computes.
+
+    Every rank asks as often as the others. On its device's group: NCCL adds up in a tree, and gloo's ring on the CPU,
+    2 (N - 1) hops, would hold up a thousand ranks at every question.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._answer: torch.Tensor | None = None
+        self._arrived: Callable[[], object] = lambda: None
+
+    def ask(self, here: bool) -> bool:
+        """Whether any rank said yes at the question before; one rank alone knows at once. Sends what is said `here`."""
+        if self._world.size == 1:
+            return here
+        self._arrived()
+        before = self._answer is not None and bool(self._answer)
+        said = torch.zeros((), device=self._world.device)
+        if here:
+            said.fill_(1.0)
+        work = dist.all_reduce(said, async_op=True)
+        if said.device.type == "cpu":
+            self._answer, self._arrived = said, work.wait
+            return before
+        work.wait()  # the stream waits, not this thread
+        self._answer = torch.zeros((), pin_memory=True).copy_(said, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._arrived = event.synchronize
+        return before
 
 
 @dataclass(frozen=True)

@@ -50,12 +50,14 @@ class UpdateResult:
     """What one update did. `applied` is off when it was skipped.
 
     `loss` is nats per counted target over all ranks; None: nothing was counted. `part_norm`, where noise is measured,
-    is the mean squared norm of the gradients of the update's `parts`: what each rank took in one backward pass.
+    is the mean squared norm of the gradients of the update's `parts`: what each rank took in one backward pass. `flags`
+    are those that were raised on any rank.
     """
 
     loss: float | None
     grad_norm: float
     applied: bool
+    flags: tuple[bool, ...] = ()
     part_norm: float | None = None
     parts: int = 1
 
@@ -166,12 +168,16 @@ class Engine:
         lr: float,
         counted: float,
         betas: tuple[float, float] | None = None,
+        flags: Callable[[], tuple[bool, ...]] = tuple,
     ) -> tuple[UpdateResult, list[torch.Tensor]]:
         """One optimizer update over these lane groups of this rank: [(window, state (B, S-1, E))], in order.
 
         `counted` is the (weighted) number of counted targets over all ranks; `betas` are Adam's, from now on. Returns
         the result and the new states. A loss or gradient that is not finite anywhere leaves weights and moments as they
         were, on all ranks. All ranks must bring as many groups; the number may change from one window to the next.
+
+        `flags`, asked for at the end, are what this rank has to tell the others. They ride in the message that adds up
+        the loss: between a thousand ranks each message of its own would cost as much as a small update.
         """
         self._accumulate(len(groups), groups[0][0].lanes)
         # DeepSpeed averages over ranks and divides by the number of groups: this makes a global mean of the sums.
@@ -179,7 +185,8 @@ class Engine:
         for group in self._base.param_groups:
             group["lr"] = lr
             group["betas"] = betas or group["betas"]
-        loss_and_norm = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        # The loss, a squared norm, the flags.
+        shared = torch.zeros(2 + len(flags()), dtype=torch.float64, device=self.world.device)
         states = []
         for window, state in groups:
             loss, new_state = self._deepspeed(
@@ -187,12 +194,15 @@ class Engine:
             )
             # A loss that is not finite makes its gradients so: then every rank learns of it, and skips.
             self._deepspeed.backward(loss * torch.where(loss.detach().isfinite(), scale, math.nan))
-            loss_and_norm[0] += loss.detach().double()
+            shared[0] += loss.detach().double()
             states.append(new_state)
             self._deepspeed.step()
         if self._norms is not None:
-            loss_and_norm[1] = self._norms.take()
-        loss_sum, squared_norms = self.world.sum(loss_and_norm).tolist()
+            shared[1] = self._norms.take()
+        for number, raised in enumerate(flags(), start=2):
+            if raised:
+                shared[number].fill_(1.0)  # a constant of the kernel: nothing is copied to the device
+        loss_sum, squared_norms, *raised_by = self.world.sum(shared).tolist()
         norm = self._deepspeed.get_global_grad_norm()
         result = UpdateResult(
             loss=loss_sum / counted if counted else None,
@@ -201,6 +211,7 @@ class Engine:
             # What arrived at the hooks was a part's sum divided by counted / ranks. Its mean is `groups` times that.
             part_norm=None if self._norms is None else squared_norms * len(groups) / self.world.size,
             parts=self.world.size * len(groups),
+            flags=tuple(ranks > 0 for ranks in raised_by),
         )
         return result, states
 

@@ -16,7 +16,7 @@ from gptb_ds.checkpoint.reader import CheckpointReader
 from gptb_ds.checkpoint.writer import SaveError
 from gptb_ds.data.collator import LaneCollator
 from gptb_ds.distributed.watchdog import progress_made
-from gptb_ds.distributed.world import World, derive_seed
+from gptb_ds.distributed.world import AnyRank, World, derive_seed
 from gptb_ds.evaluation import HeldOut, LossSum, metrics_of
 from gptb_ds.generation import generate
 from gptb_ds.model.modeling import GPTBLMHeadModel
@@ -60,6 +60,8 @@ class Trainer:
         self.state = self.updates.start()
         self._world: World = engine.world
         self._save_due = False
+        # What the last exchange said: some rank was asked to stop; some rank still writes a checkpoint.
+        self._stop_heard, self._writing = False, False
         torch.manual_seed(derive_seed(facts.train.seed, "dropout", self._world.rank))
 
     def restore(self, reader: CheckpointReader) -> None:
@@ -96,7 +98,9 @@ class Trainer:
         started, waited = time.perf_counter(), self.data.windows.wait_seconds
         window = self.data.windows.next_window()
         waited = self.data.windows.wait_seconds - waited
-        for update in self.updates.train(window, self.state):
+        for update in self.updates.train(window, self.state, self._flags):
+            stop, self._writing = update.result.flags
+            self._stop_heard |= stop
             now = time.perf_counter()
             self._report(update, now - started, waited)
             started, waited = now, 0.0
@@ -133,14 +137,14 @@ class Trainer:
         held_out, state = self.data.held_out, self.state
         if held_out is None:
             return
-        losses = LossSum(self._world)
+        losses, stop = LossSum(self._world), AnyRank(self._world)
         with self.engine.evaluating():
             state_BSE = self.engine.model.empty_state(held_out.lanes // self._world.size)
             for window in held_out.windows():
                 state_BSE = losses.add(self.engine.objective, window, state_BSE)
                 progress_made(f"a window of the evaluation after update {state.update}")
-                if not self._no_stop_requested():
-                    state.evaluation_due = True
+                if stop.ask(self.stop.pending()):
+                    state.evaluation_due = self._stop_heard = True
                     return
         state.evaluation_due = False
         loss, _ = losses.mean()
@@ -158,28 +162,27 @@ class Trainer:
             tokens = generate(cast(GPTBLMHeadModel, self.engine.model), [], self.facts.run.sample_tokens, seed=seed)
         return str(self.data.tokenizer.decode([t for t in tokens if t != self.data.windows.corpus.eot_id]))
 
-    def _no_stop_requested(self) -> bool:
-        """The same on all ranks: whether none of them has heard a request to stop."""
-        return not self._world.max(float(self.stop.pending()))[0]
+    def _flags(self) -> tuple[bool, bool]:
+        """What this rank tells the others in each update: it was asked to stop; it still writes a checkpoint."""
+        return self.stop.pending(), not self.checkpointer.written_here
 
     def _save_and_check_stop(self, before: int) -> str | None:
-        """The end of a window that began after `before` updates: saves, completes a save, agrees on requests to stop.
+        """The end of a window that began after `before` updates: completes a save, saves, heeds requests to stop.
 
-        In this order, because each step is an exchange that all ranks must reach. A due save begins first, so that a
-        stop in the same window finds it begun and saves nothing twice. Then the ranks agree, in one message, on whether
-        one of them was asked to stop and whether one still writes: a save is completed by all at the same update, as
-        late as the slowest disk needs, and nobody waits for it. Who is the first to know a reason differs by rank, so
-        it is asked for only when there is one.
+        Each step is an exchange that all ranks must reach, so all go by the flags that came with the last update, the
+        same on every rank. A save is completed by all at the same update, as late as the slowest disk needs, and nobody
+        waits for it; before the next begins, because the flags are of the one before. A due save begins before a stop,
+        which then finds it begun and saves nothing twice. Who is the first to know a reason differs by rank, so it is
+        asked for only when there is one.
         """
+        if self.checkpointer.busy and not self._writing:
+            self.checkpointer.finish()
         self._save_due |= self._due(self.facts.run.save_every, before)
         # Not amid updates that were skipped: it would push out the checkpoints from before them.
         if self._save_due and not self.state.bad_in_row:
             self._save_due = False
             self._save()
-        stop, writing = self._world.max(float(self.stop.pending()), float(not self.checkpointer.written_here))
-        if self.checkpointer.busy and not writing:
-            self.checkpointer.finish()
-        if not stop:
+        if not self._stop_heard:
             return None
         return next(reason for reason in self._world.all_gather(self.stop.reason) if reason)
 

@@ -6,7 +6,7 @@ Axes: B lanes of this rank or lane group, K steps, S slots, E embedding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +65,13 @@ class WindowUpdates:
         state.updates_per_window = min(state.updates_per_window, planned) if follows else planned
         self._engine.fp32_state.set_adam_count(self._adam_count(state))
 
-    def train(self, window: Window, state: TrainState) -> Iterator[Update]:
-        """Makes the window's updates, one each time the next is asked for; then all lanes stand at its edge."""
+    def train(
+        self, window: Window, state: TrainState, flags: Callable[[], tuple[bool, ...]] = tuple
+    ) -> Iterator[Update]:
+        """Makes the window's updates, one each time the next is asked for; then all lanes stand at its edge.
+
+        `flags` of each rank are in the results of all, see `Engine.update`.
+        """
         first_lane, first_column = self._world.rank * window.lanes, state.tokens // self._facts.lanes
         window = window.without(self._facts.skips, first_lane, first_column)
         number = self._next_number(state)
@@ -83,6 +88,7 @@ class WindowUpdates:
                 lr,
                 counted[n],
                 adam_betas(tokens, self._facts.optim),
+                flags,
             )
             for g, state_BSE in zip(own, states, strict=True):
                 if not result.applied:

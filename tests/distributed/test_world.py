@@ -9,7 +9,7 @@ import pytest
 
 from gptb_ds.checkpoint.format import CheckpointError, UnreadableError
 from gptb_ds.config import ConfigError
-from gptb_ds.distributed.world import World, _portable, is_shared
+from gptb_ds.distributed.world import AnyRank, World, _portable, is_shared
 from tests.harness.processes import run_ranks
 
 
@@ -71,26 +71,32 @@ def test_errors_keep_their_class_on_every_rank():
     assert first[6] == ("ValueError", "row 3: not a number", True, None, None), "this class can't travel"
 
 
+def _asked(world: World, here: list[bool]) -> list[bool]:
+    """Between several ranks the answer is that to the question before."""
+    any_rank = AnyRank(world)
+    return [any_rank.ask(word) for word in here]
+
+
 def results(world: World) -> list[object]:
     return [
         world.on_all_ranks(raise_on, world, [], ValueError()),
         world.on_rank0(raise_on, world, [], ValueError()),
         world.broadcast({"of": world.rank}),
         world.all_gather(world.rank * 10),
-        world.max(float(world.rank), -float(world.rank)),
+        *_asked(world, [world.rank == 1, False, False]),
     ]
 
 
 @pytest.mark.slow
 def test_results_are_those_of_the_right_rank():
     assert run_ranks(results, 2) == [
-        ["rank 0", "rank 0", {"of": 0}, [0, 10], [1.0, 0.0]],
-        ["rank 1", "rank 0", {"of": 0}, [0, 10], [1.0, 0.0]],
+        ["rank 0", "rank 0", {"of": 0}, [0, 10], False, True, False],
+        ["rank 1", "rank 0", {"of": 0}, [0, 10], False, True, False],
     ]
 
 
 def test_one_rank_alone_needs_no_group():
-    assert results(World()) == ["rank 0", "rank 0", {"of": 0}, [0], [0.0, -0.0]]
+    assert results(World()) == ["rank 0", "rank 0", {"of": 0}, [0], False, False, False]
     with pytest.raises(CheckpointError, match="altered"):
         World().on_all_ranks(raise_on, World(), [0], CheckpointError("altered"))
 

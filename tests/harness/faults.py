@@ -91,6 +91,32 @@ def hangs_in_reading(rank: int) -> None:
         setup.read_inputs = lambda *_: time.sleep(10_000)
 
 
+def says_small_exchanges(rank: int) -> None:
+    """Each collective on the ranks' CPU group, the first group that is made, says so."""
+    import torch.distributed as dist
+
+    new_group, made = dist.new_group, []
+
+    def noted(*args, **options):
+        made.append(new_group(*args, **options))
+        return made[-1]
+
+    dist.new_group = noted
+
+    def saying(name):
+        collective = getattr(dist, name)
+
+        def call(*args, group=None, **options):
+            if made and group is made[0]:
+                print(f"small exchange: {name}", flush=True)
+            return collective(*args, group=group, **options)
+
+        setattr(dist, name, call)
+
+    for name in ("all_reduce", "broadcast", "broadcast_object_list", "all_gather_object", "barrier", "send", "recv"):
+        saying(name)
+
+
 def slow_evaluation(rank: int) -> None:
     """Each window of an evaluation takes a while longer."""
     import gptb_ds.evaluation as evaluation
