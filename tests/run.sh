@@ -3,7 +3,7 @@
 #   bash tests/run.sh              everything
 #   bash tests/run.sh --fast       only what takes seconds
 #   bash tests/run.sh tests/unit   what pytest would take
-# GPTB_DS_TEST_WORKERS=N runs N test files side by side (default: one a core, at most 4; 0 = in this process).
+# GPTB_DS_TEST_WORKERS=N runs N test files side by side (default: one a core, at most 4).
 # GPTB_DS_REQUIRE_ALL=1 turns "component missing, skipped" (Slurm, MPI, ssh) into a failure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,5 +18,10 @@ ruff format --check .
 mypy
 cores=$(nproc)
 workers=${GPTB_DS_TEST_WORKERS:-$((cores < 4 ? cores : 4))}
+if [ "${1:--m}" != -m ]; then
+    exec python -m pytest "$@"
+fi
 # By file: what the tests of a file share is made once.
-exec python -m pytest -n "$workers" --dist loadfile "$@"
+python -m pytest -n "$workers" --dist loadfile --ignore=tests/launch "$@"
+# One after the other: launchers meet at DeepSpeed's port 29500. Exit code 5: none of them is quick.
+python -m pytest tests/launch "$@" || [ $? = 5 ]

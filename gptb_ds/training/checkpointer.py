@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -76,7 +76,7 @@ class Checkpointer:
             settings=self._facts.settings,
             progress=state.saved(),
             scaler=self._engine.fp32_state.scaler_state(),
-            versions={name: version(name) for name in ("torch", "deepspeed", "transformers", "gptb-ds")},
+            versions={name: _version(name) for name in ("torch", "deepspeed", "transformers", "gptb-ds")},
         )
         owner = assign_parameters(self._engine.fp32_state.shapes(), self._writer.writers)
         parameters = self._engine.fp32_state.export(lambda name: owner[name] == self._world.rank)
@@ -188,3 +188,11 @@ def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> N
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _version(distribution: str) -> str:
+    """Its installed version; a checkout that runs from PYTHONPATH has none."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
