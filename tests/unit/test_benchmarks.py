@@ -13,6 +13,8 @@ from tests.harness.stores import numbered_documents, write_store
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = {
+    "bench_generate": ["--positions", "20", "--embd", "8", "--heads", "1", "--layers", "1", "--new-tokens", "4"]
+    + ["--rounds", "1", "--train-seconds", "1"],
     "bench_save": [
         "--n-embd",
         "64",
