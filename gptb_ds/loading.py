@@ -29,7 +29,7 @@ from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.window_model import WindowModel
 
 # Types of a safetensors file that weights may have; all become float32.
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 # Types that a model may read in.
@@ -52,9 +52,13 @@ def load_any(path: str) -> tuple[WindowModel, PreTrainedTokenizerBase]:
     missing with random numbers and go on; so all names and shapes are compared before.
     """
     folder = Path(path)
+    if not path:
+        raise ValueError("MODEL is empty (a variable that is not set?); name a run, a checkpoint or an exported folder")
     if has_manifest(folder):
         verify(folder)
         return _load_checkpoint(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder}: holds an adapter, which is not read; merge it into its model first")
     if checkpoint_folders(folder):
         good, passed_over = newest_good(folder, World())
         if good is None:
@@ -165,6 +169,7 @@ def _load_checkpoint(folder: Path) -> tuple[WindowModel, PreTrainedTokenizerBase
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(reader.fetch("weight", name))
+    check_finite(str(folder), model)
     return model.eval(), _read_tokenizer(folder / "tokenizer", model.config)
 
 
@@ -173,10 +178,21 @@ def _load_export(folder: Path) -> tuple[WindowModel, PreTrainedTokenizerBase]:
     _check_weights(folder, config)
     tokenizer = _read_tokenizer(folder, config)
     kind: Any = GPTBLMHeadModel if isinstance(config, GPTBConfig) else GPT2Baseline
-    model: WindowModel = kind.from_pretrained(
-        folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
+    try:
+        model: WindowModel = kind.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+    except Exception as error:  # of many classes, such as ImportError
+        raise ValueError(f"{folder}: cannot be loaded: {one_line(error)}") from None
+    check_finite(str(folder), model)
     return model.eval(), tokenizer
+
+
+def check_finite(name: str, model: torch.nn.Module) -> None:
+    """Raises ValueError when a weight is infinite or NaN: everything that such a model says is NaN."""
+    for key, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: the tensor {key!r} holds numbers that are not finite; take another copy of it")
 
 
 def _read_configuration(folder: Path) -> PreTrainedConfig:
@@ -189,7 +205,9 @@ def _read_configuration(folder: Path) -> PreTrainedConfig:
         values = json.loads(path.read_bytes())
         kind = values.get("model_type")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read: {_one_line(error)}") from None
+        raise ValueError(f"{path}: cannot be read: {one_line(error)}") from None
+    if values.get("quantization_config"):
+        raise ValueError(f"{path}: its weights are quantised, which is not read; save them as float32 or bfloat16")
     kinds: dict[str, Any] = {GPTBConfig.model_type: GPTBConfig, LSTMConfig.model_type: LSTMConfig}
     if "carried_tokens" in values:
         kinds[GPT2Config.model_type] = GPT2Config
@@ -200,23 +218,26 @@ def _read_configuration(folder: Path) -> PreTrainedConfig:
         found: PreTrainedConfig = kinds[kind].from_pretrained(folder, local_files_only=True)
         return found
     except Exception as error:  # transformers has classes of its own for what its checks refuse
-        raise ValueError(f"{path}: makes no model: {_one_line(error)}") from None
+        raise ValueError(f"{path}: makes no model: {one_line(error)}") from None
 
 
 def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
     """Raises ValueError, in one line, unless the export's tensors are exactly those of the model."""
-    with torch.device("meta"):
-        model: Any = new_model(config)
+    try:
+        with torch.device("meta"):
+            model: Any = new_model(config)
+    except Exception as error:  # whatever a wrong value leads to: KeyError for an activation that there is not
+        raise ValueError(f"{folder}/config.json: makes no model: {one_line(error)}") from None
     # A tied head is in the model twice, but a parameter once; the file may have it or not.
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing, prefix = {name for name, _ in model.named_parameters()}, f"{model.base_model_prefix}."
-    found = list(_tensors(folder))
+    found = list(tensors_in(folder))
     if not any(name.startswith(prefix) for name, _, _ in found):  # of a GPTBModel, which has no head
         found = [(prefix + name, shape, dtype) for name, shape, dtype in found]
     for name, shape, dtype in found:
         if name not in wanted:
             raise ValueError(f"{folder}: has a tensor {name!r}, the model of its config.json has not")
-        if shape != wanted[name] or dtype not in _FLOATS:
+        if shape != wanted[name] or dtype not in FLOATS:
             raise ValueError(
                 f"{folder}: {name!r} is {dtype} {shape}, the model of its config.json needs F32 {wanted[name]}"
             )
@@ -226,11 +247,14 @@ def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
         raise ValueError(f"{folder}: lacks the tensor {min(missing)!r}{more}; export the model again")
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and type of each tensor in the safetensors files of an export."""
+def tensors_in(folder: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and type of each tensor in a model's safetensors files. Raises ValueError, in one line."""
     index = folder / "model.safetensors.index.json"
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.is_file() else []
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.is_file() else []
+        except ValueError as error:
+            raise OSError(f"{index.name} is no JSON ({error})") from None
         for name in names or ["model.safetensors"]:
             if not (folder / name).is_file():
                 raise ValueError(f"{folder}: lacks {name}; export the model again")
@@ -239,21 +263,25 @@ def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
                     piece = file.get_slice(key)
                     yield key, tuple(piece.get_shape()), piece.get_dtype()
     except (SafetensorError, OSError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder}: its weights cannot be read: {_one_line(error)}") from None
+        raise ValueError(f"{folder}: its weights cannot be read: {one_line(error)}") from None
 
 
 def _read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = load_folder(folder)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{folder}: its tokenizer cannot be read: {_one_line(error)}") from None
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: its tokenizer cannot be read: {one_line(error)}") from None
     if vocab_size(tokenizer) > config.vocab_size:
         raise ValueError(
             f"{folder}: its tokenizer has ids up to {vocab_size(tokenizer) - 1}, the model {config.vocab_size} rows;"
             " they don't belong together"
         )
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if any(end is not None and not 0 <= end < config.vocab_size for end in ends):
+        raise ValueError(f"{folder}: its eos_token_id {config.eos_token_id} is beyond its {config.vocab_size} rows")
     return tokenizer
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an exception says, as part of a line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -59,8 +59,9 @@ def load_folder(folder: Path) -> Tokenizer:
         raise ValueError(f"{folder} has no tokenizer files (tokenizer.json, vocab.json, tokenizer.model, ..)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError):
-        raise
+    except (OSError, ValueError, KeyError) as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UnreadableTokenizerError(f"{folder}: its tokenizer cannot be read ({said})") from None
     except Exception as error:  # the library tokenizers raises nothing more special
         import tokenizers
 

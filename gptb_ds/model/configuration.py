@@ -88,6 +88,9 @@ def check_slots(config: PreTrainedConfig) -> None:
         )
     if getattr(config, "carry", "outputs") not in CARRIES:
         raise ValueError(f"carry is {config.carry!r}; it must be one of {', '.join(CARRIES)}")
+    for name in ("rebias", "preserve_decoder"):
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"{name} is {getattr(config, name)!r}; it must be true or false")
     if config.preserve_decoder and not config.rebias:
         raise ValueError("preserve_decoder with rebias=False: no token would ever reach the state; set rebias=True")
 

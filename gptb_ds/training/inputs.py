@@ -16,11 +16,11 @@ from gptb_ds.distributed.world import World, derive_seed
 from gptb_ds.evaluation import HeldOut
 from gptb_ds.loading import baseline_configuration, model_configuration, new_model
 from gptb_ds.model.configuration import GPTBConfig, inherited, warn_if_memoryless
-from gptb_ds.model.warm_start import warm_start
 from gptb_ds.model.window_model import WindowModel
 from gptb_ds.training.deepspeed_policy import Policy, check_precision, offload_devices, read_policy, zero_stage
 from gptb_ds.training.engine import check_policy
 from gptb_ds.training.sinks import check_sinks
+from gptb_ds.training.start_from import start_from
 from gptb_ds.training.train_state import RunFacts
 from gptb_ds.training.trainer import RunData
 
@@ -89,7 +89,7 @@ def _model(config: Config, world: World, corpus: Corpus) -> WindowModel:
     if world.rank == 0:
         warn_if_memoryless(configuration)
     if config.model.init_from:
-        return warm_start(configuration, config.model.init_from, print if world.rank == 0 else lambda line: None)
+        return start_from(configuration, config.model.init_from, print if world.rank == 0 else lambda line: None)
     return new_model(configuration)
 
 

@@ -76,6 +76,11 @@ def test_another_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ({"transformer__h__7__ln_1__bias": torch.zeros(16)}, "has a tensor 'transformer.h.7.ln_1.bias'"),
         ({"transformer__ln_f__bias": torch.zeros(17)}, "'transformer.ln_f.bias' is F32 (17,)"),
         ({"transformer__ln_f__bias": torch.zeros(16, dtype=torch.int32)}, "'transformer.ln_f.bias' is I32 (16,)"),
+        (
+            {"transformer__ln_f__bias": torch.full((16,), torch.nan)},
+            "'transformer.ln_f.bias' holds numbers that are not",
+        ),
+        ({"transformer__ln_f__weight": torch.arange(16) / 0}, "'transformer.ln_f.weight' holds numbers that are not"),
     ],
 )
 def test_tensors_must_be_the_models(export: Path, changes: dict, words: str, capsys: pytest.CaptureFixture[str]):
@@ -90,8 +95,9 @@ def test_damaged_files_are_named(export: Path, capsys: pytest.CaptureFixture[str
         assert "its weights cannot be read" in refusal(export, capsys)
     (export / "model.safetensors").unlink()
     assert "lacks model.safetensors" in refusal(export, capsys)
-    (export / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-    assert "its weights cannot be read" in refusal(export, capsys)
+    for content in ('{"weight_map": 3}', '{"weight_map'):
+        (export / "model.safetensors.index.json").write_text(content)
+        assert f"{export}: its weights cannot be read" in refusal(export, capsys)
 
 
 def test_a_configuration_that_makes_no_model_is_named(export: Path, capsys: pytest.CaptureFixture[str]):
@@ -105,12 +111,25 @@ def test_a_configuration_that_makes_no_model_is_named(export: Path, capsys: pyte
         (json.dumps(values | {"n_embd": "wide"}), "makes no model"),
         (json.dumps(values | {"n_layer": 2}), "lacks the tensor 'transformer.h.1."),
         (json.dumps(values | {"vocab_size": 300}), "is F32 (259, 16)"),
+        (json.dumps(values | {"activation_function": "none"}), "makes no model: 'none'"),
+        (json.dumps(values | {"rebias": "no"}), "makes no model: rebias is 'no'; it must be true or false"),
+        (json.dumps(values | {"eos_token_id": 259}), "its eos_token_id 259 is beyond its 259 rows"),
+        (json.dumps(values | {"quantization_config": {"quant_method": "gptq"}}), "its weights are quantised"),
     ):
         (export / "config.json").write_text(content)
         assert words in refusal(export, capsys)
 
 
-def test_a_missing_tokenizer_is_named(export: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_adapter_is_no_model(export: Path, capsys: pytest.CaptureFixture[str]):
+    (export / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert f"{export}: holds an adapter, which is not read" in refusal(export, capsys)
+    (export / "config.json").unlink()
+    assert f"{export}: holds an adapter, which is not read" in refusal(export, capsys)
+
+
+def test_a_missing_or_broken_tokenizer_is_named(export: Path, capsys: pytest.CaptureFixture[str]):
+    (export / "tokenizer_config.json").write_text("{")
+    assert f"{export}: its tokenizer cannot be read" in refusal(export, capsys)
     for path in export.glob("*token*"):
         path.unlink()
     assert "no tokenizer files" in refusal(export, capsys)
