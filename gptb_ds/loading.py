@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import GPT2Config, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from gptb_ds.baselines import GPT2Baseline, LSTMBaseline, LSTMConfig
 from gptb_ds.checkpoint.format import (
@@ -179,13 +182,29 @@ def _load_export(folder: Path) -> tuple[WindowModel, PreTrainedTokenizerBase]:
     tokenizer = _read_tokenizer(folder, config)
     kind: Any = GPTBLMHeadModel if isinstance(config, GPTBConfig) else GPT2Baseline
     try:
-        model: WindowModel = kind.from_pretrained(
-            folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
+        with quiet_loading():
+            model: WindowModel = kind.from_pretrained(
+                folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
+            )
     except Exception as error:  # of many classes, such as ImportError
         raise ValueError(f"{folder}: cannot be loaded: {one_line(error)}") from None
     check_finite(str(folder), model)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without the bar and the table of missing tensors that transformers prints: we say it in a line, or refuse."""
+    bars, logger = hf_logging.is_progress_bar_enabled(), logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    hf_logging.disable_progress_bar()
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            hf_logging.enable_progress_bar()
 
 
 def check_finite(name: str, model: torch.nn.Module) -> None:

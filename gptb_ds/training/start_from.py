@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from gptb_ds.checkpoint.format import checkpoint_folders, has_manifest
 from gptb_ds.config import ConfigError
-from gptb_ds.loading import FLOATS, check_finite, one_line, tensors_in
+from gptb_ds.loading import FLOATS, check_finite, one_line, quiet_loading, tensors_in
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.warm_start import warm_start
 
@@ -29,7 +30,8 @@ def start_from(configuration: GPT2Config, path: str, report: Callable[[str], Non
     said: list[str] = []
     model, problem = None, None
     try:
-        model = warm_start(configuration, path, said.append)
+        with quiet_loading() if folder.is_dir() else nullcontext():  # a download of minutes keeps its bars
+            model = warm_start(configuration, path, said.append)
     except ValueError as error:
         raise ConfigError(str(error) if path in str(error) else f"{key}: {one_line(error)}") from None
     except Exception as error:  # of many classes: what is wrong is looked for below
@@ -40,7 +42,10 @@ def start_from(configuration: GPT2Config, path: str, report: Callable[[str], Non
         if isinstance(problem, OSError) and not folder.exists():
             raise OSError(f"{key}: {one_line(problem)}") from None
         raise ConfigError(f"{key}: cannot be loaded: {problem and one_line(problem)}") from None
-    check_finite(key, model)
+    try:
+        check_finite(key, model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     for line in said:
         report(line)
     return model

@@ -91,11 +91,12 @@ def test_what_is_no_whole_model_is_refused(
     assert said == []
 
 
-def test_a_whole_one_is_loaded_and_said(saved: Path) -> None:
+def test_a_whole_one_is_loaded_and_said(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     model = start_from(OURS, str(saved), said.append)
     assert torch.equal(model.transformer.wte.weight, load_file(saved / "model.safetensors")["transformer.wte.weight"])
     assert said == [f"{saved}: 16 tensors loaded; new: transformer.initial_embeds"]
+    assert capfd.readouterr() == ("", "")  # no bar, no table
 
 
 def test_an_empty_name_is_no_value() -> None:
