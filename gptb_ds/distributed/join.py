@@ -24,11 +24,14 @@ _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
 
 
 class JoinError(OSError):
-    """The ranks of a job don't find each other. The message, one line, names the address; `code` is the exit code."""
+    """A rank can't join its job, or the ranks don't find each other. The message, one line, says what to do.
 
-    def __init__(self, text: str, code: int = FAULT) -> None:
+    `code` is the exit code. Where all ranks of a host have the same trouble (`alone` false), one says it for all.
+    """
+
+    def __init__(self, text: str, code: int = FAULT, alone: bool = False) -> None:
         super().__init__(text)
-        self.code = code
+        self.code, self.alone = code, alone
 
 
 def find_rank(env: Mapping[str, str]) -> dict[str, str] | None:
@@ -92,10 +95,11 @@ def _checked(place: dict[str, str]) -> dict[str, str]:
 def join(timeout_seconds: float) -> World:
     """Joins the job that this process was started in and returns its place; one process alone joins itself.
 
-    Raises ValueError (see `find_rank`), or JoinError when the address is unknown, its port taken, or when the others
-    don't come in time.
+    Raises ValueError (see `find_rank`, and on all ranks when two have the same GPU), or JoinError when there is no GPU
+    for this rank, when the address is unknown, its port taken, or when the others don't come in time.
     """
     place = find_rank(os.environ)
+    os.environ.update(place or {})
     _raise_file_limit()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
@@ -112,7 +116,6 @@ def join(timeout_seconds: float) -> World:
         place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        os.environ.update(place)
         _meet(place, backend, timeout)
     os.environ.update(place)
     control = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
@@ -168,13 +171,15 @@ def visible_index(local_rank: int, gpus: int) -> int:
     """Which of the GPUs that this process sees is its own.
 
     Slurm (`--gpus-per-task=1`) and containers may show each task its own GPU alone: then that is number 0, whatever the
-    rank. Raises ValueError when there are several, but too few.
+    rank. Raises JoinError when there are several, but too few.
     """
     if gpus == 1 or local_rank < gpus:
         return min(local_rank, gpus - 1)
-    raise ValueError(
+    raise JoinError(
         f"local rank {local_rank} has no GPU: {gpus} are visible here; start at most {gpus} ranks on a host, or show"
-        " each rank one of its own"
+        " each rank one of its own",
+        USAGE,
+        alone=True,
     )
 
 

@@ -55,9 +55,16 @@ def train(config: Config, stop: StopRequests) -> int:
         try:
             world = join(config.run.hang_seconds + max(config.run.hang_seconds, 60))
         except JoinError as error:
-            if os.environ.get("LOCAL_RANK") == "0":  # once a host: they can't agree yet on who speaks
+            if error.alone or os.environ.get("LOCAL_RANK") == "0":  # they can't agree yet on who speaks
                 print(f"[rank {os.environ['RANK']} on {socket.gethostname()}] {error}", file=sys.stderr)
             _end(error.code)
+        except ValueError as error:
+            if not torch.distributed.is_initialized():
+                raise
+            # All ranks raise it, and have a process group by now, which an ordinary end of the process may crash in.
+            if os.environ["RANK"] == "0":
+                print(f"gptb-ds train: {error}", file=sys.stderr)
+            _end(USAGE)
         try:
             watchdog = Watchdog(world, config.run.hang_seconds).start()
             trainer, folder = _set_up(config, world, stop, started)
@@ -264,8 +271,11 @@ def _end(code: int) -> NoReturn:
 
     An ordinary exit destroys the process group and joins the threads of collectives. With other ranks still waiting in
     one, that takes until its time-out (NCCL aborts the process meanwhile, and the exit code is its); this rank looks
-    alive to its launcher. `os._exit` closes the connections now: gloo's other ranks raise at once, and a launcher
-    sees a dead rank and ends the rest. What is lost is what a rank has not flushed; it has flushed everything.
+    alive to its launcher. And a thread of gloo that lets the last of a message's tensors go asks for Python's lock.
+    Python 3.11, when it ends, answers by ending the thread, and C++ then aborts ("terminate called without an active
+    exception", exit code 134 instead of ours). `os._exit` closes the connections now: gloo's other ranks raise at once,
+    and a launcher sees a dead rank and ends the rest. What is lost is what a rank has not flushed; it has flushed
+    everything.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from gptb_ds.distributed import join
-from gptb_ds.distributed.join import find_rank, visible_index
+from gptb_ds.distributed.join import JoinError, find_rank, visible_index
 
 TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
 STEP = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
@@ -63,5 +63,5 @@ def test_a_rank_takes_the_gpu_it_sees():
     assert [visible_index(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
     # Slurm's --gpus-per-task=1: local rank 3 sees one GPU, and that is number 0.
     assert visible_index(3, 1) == 0
-    with pytest.raises(ValueError, match="local rank 2 has no GPU: 2 are visible here; start at most 2 ranks"):
+    with pytest.raises(JoinError, match="local rank 2 has no GPU: 2 are visible here; start at most 2 ranks"):
         visible_index(2, 2)
