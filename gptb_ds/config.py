@@ -88,6 +88,9 @@ class DataConfig(Group):
         [], description="LANES:FROM-TO = columns that are read but not learnt from, say 0-15:20000-20479"
     )
 
+    keep_state_probability: float = Field(
+        0.0, ge=0, lt=1, description="so often a document starts on top of the state that the one before left"
+    )
     stagger: bool = Field(False, description="lanes out of step: each enters its first document of an epoch inside")
 
     @model_validator(mode="before")
@@ -278,6 +281,21 @@ def _is_positive(text: str) -> bool:
     return text.isdecimal() and int(text) > 0
 
 
+class TaskConfig(Group):
+    curriculum: Literal["auto", "off"] = Field(
+        "auto", description="documents of a state-tracking task begin short and grow (text is never cut by it)"
+    )
+    start_length: int = Field(4, ge=1, description="tokens of the curriculum's longest documents at the start")
+    grow_at: float = Field(0.95, gt=0, le=1, description="running accuracy at which the curriculum's lengths double")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _off_is_no_truth_value(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("curriculum") is False:  # as YAML reads `off`
+            values = dict(values) | {"curriculum": "off"}
+        return values
+
+
 class RunConfig(Group):
     dir: str = Field("runs/run", description="folder of the run")
     resume: str = Field("auto", description="auto, never, or a checkpoint's folder")
@@ -314,6 +332,7 @@ class Config(Group):
     data: DataConfig
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    task: TaskConfig = TaskConfig()
     run: RunConfig = RunConfig()
     deepspeed_config: str | None = Field(None, description="DeepSpeed policy (JSON file, see ds_configs/)")
 

@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, field
 from pathlib import Path
+from typing import TypeAlias
 
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
@@ -30,6 +31,8 @@ from gptb_ds.distributed.watchdog import progress_made
 from gptb_ds.distributed.world import World
 
 FORMAT = 3
+# One of a run's counters, as JSON has it.
+Counter: TypeAlias = int | float | bool | list[int] | None
 # Versions of this package that read an older format.
 _READ_BY = {1: "gptb-ds 0.1", 2: "gptb-ds 0.1"}
 MANIFEST, MANIFEST_COPY = "manifest.json", "manifest-copy.json"
@@ -68,7 +71,7 @@ class Manifest:
     window: PositiveInt
     identity: dict[str, object]
     settings: dict[str, object]
-    progress: dict[str, int | float | bool | None]
+    progress: dict[str, Counter]
     versions: dict[str, str]
     files: dict[str, FileFacts] = field(default_factory=dict)
     scaler: dict[str, int | float] = field(default_factory=dict)

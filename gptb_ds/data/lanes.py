@@ -18,6 +18,8 @@ Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 # ordinal (n,) -> source (n,), start (n,), length (n,): where document D(ordinal) lies; source -1 = there is none.
 Locate = Callable[[Ints], tuple[Ints, Ints, Ints]]
+# inputs (n,) and first column (n,) of documents -> how many of the inputs are read (n,).
+Cut = Callable[[Ints, Ints], Ints]
 
 NOTHING = np.int64(1) << 61  # the length of what a lane reads when its documents have run out
 MIX_BLOCK = 1 << 16  # picks of a weighted mixture after which its proportions are met exactly
@@ -241,27 +243,37 @@ class Fragments:
 class CopyPlan:
     """What a window copies. `first` has a fragment for each lane, in lane order; `later` those after a document's end.
 
-    A document starts at (`reset_lane`, `reset_column`); column K there means that it starts the next window.
+    The document D(`reset_ordinal`) starts at (`reset_lane`, `reset_column`); column K there means that it starts the
+    next window.
     """
 
     first: Fragments
     later: Fragments
     reset_lane: Ints
     reset_column: Ints
+    reset_ordinal: Ints
 
 
 class Cursor:
     """The position of some lanes: (ordinal, offset) of each, and the step from one window to the next.
 
     `ordinal % stride` is the global lane. Between windows `offset` is always below the document's length. The document
-    after `ordinal` is `ordinal + stride`, unless the order has an `after` that says otherwise.
+    after `ordinal` is `ordinal + stride`, unless the order has an `after` that says otherwise. `column` counts the
+    columns since the lanes began; with a `cut` a document is as long as that says of its length and the column at which
+    it begins.
     """
 
-    def __init__(self, order: Locate, ordinal: Ints, offset: Ints, stride: int) -> None:
-        self.order = order
+    def __init__(
+        self, order: Locate, ordinal: Ints, offset: Ints, stride: int, *, column: int = 0, cut: Cut | None = None
+    ) -> None:
+        self.order, self.column, self._cut = order, column, cut
         self._after: Callable[[Ints], Ints] = getattr(order, "after", lambda ordinal: ordinal + stride)
         self.ordinal, self.offset = ordinal.copy(), offset.copy()
-        self.source, self.start, self.length = order(self.ordinal)
+        self.source, self.start, self.length = self._locate(self.ordinal, column - self.offset)
+
+    def _locate(self, ordinal: Ints, column: Ints) -> tuple[Ints, Ints, Ints]:
+        source, start, length = self.order(ordinal)
+        return source, start, length if self._cut is None else self._cut(length, column)
 
     def advance(self, window: int) -> CopyPlan:
         """Moves every lane on by `window` inputs and says what they were.
@@ -275,7 +287,7 @@ class Cursor:
         promise that between windows `offset` is below the document's length.
         """
         fresh = np.flatnonzero(self.offset == 0)
-        resets = [(fresh, np.zeros_like(fresh))]
+        resets = [(fresh, np.zeros_like(fresh), self.ordinal[fresh])]
         lane, column = np.arange(len(self.ordinal)), np.zeros_like(self.ordinal)
         source, offset, length = self.source.copy(), self.offset, self.length
         start = self.start + offset
@@ -288,20 +300,20 @@ class Cursor:
             ended = np.flatnonzero(offset == length)
             lane, column = lane[ended], column[ended]
             if lane.size:
-                self._next_document(lane)
-                resets.append((lane, column))
+                self._next_document(lane, self.column + column)
+                resets.append((lane, column, self.ordinal[lane]))
                 more = np.flatnonzero(column < window)
                 lane, column = lane[more], column[more]
             source, start, offset, length = self.source[lane], self.start[lane], self.offset[lane], self.length[lane]
+        self.column += window
         none = np.zeros(0, dtype=np.int64)
         later = [np.concatenate([none, *(getattr(r, f) for r in rounds[1:])]) for f in Fragments.__dataclass_fields__]
-        reset_lane, reset_column = (np.concatenate(parts) for parts in zip(*resets, strict=True))
-        return CopyPlan(rounds[0], Fragments(*later), reset_lane, reset_column)
+        return CopyPlan(rounds[0], Fragments(*later), *(np.concatenate(parts) for parts in zip(*resets, strict=True)))
 
-    def _next_document(self, lane: Ints) -> None:
+    def _next_document(self, lane: Ints, column: Ints) -> None:
         self.ordinal[lane] = self._after(self.ordinal[lane])
         self.offset[lane] = 0
-        self.source[lane], self.start[lane], self.length[lane] = self.order(self.ordinal[lane])
+        self.source[lane], self.start[lane], self.length[lane] = self._locate(self.ordinal[lane], column)
 
 
 def runs(start: Ints, count: Ints) -> Ints:

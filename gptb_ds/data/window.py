@@ -5,7 +5,7 @@ Axes: B lanes of this rank, K steps of a window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from gptb_ds.data.corpus import Corpus
-from gptb_ds.data.lanes import CopyPlan, runs
+from gptb_ds.data.lanes import CopyPlan, Ints, runs
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,18 @@ class Window:
 
 
 def fill_window(
-    corpus: Corpus, plan: CopyPlan, window: int, *, finite: bool = False, pin_memory: bool = False
+    corpus: Corpus,
+    plan: CopyPlan,
+    window: int,
+    *,
+    finite: bool = False,
+    pin_memory: bool = False,
+    keeps_state: Callable[[Ints], npt.NDArray[np.bool_]] | None = None,
 ) -> Window:
-    """Copies what `plan` names. `finite`: lanes may have run out, so that the window has loss weights in any case."""
+    """Copies what `plan` names. `finite`: lanes may have run out, so that the window has loss weights in any case.
+
+    `keeps_state` says, by their ordinals, at which documents' starts the reset flag is left out.
+    """
     stores = corpus.stores
     lanes = len(plan.first.lane)
     # One column more than the window: a lane's target is its next input, and after its last token the next EOT.
@@ -101,7 +110,9 @@ def fill_window(
     columns_KB = torch.empty((window + 1, lanes), dtype=torch.int64, pin_memory=pin_memory)
     columns_KB.copy_(torch.from_numpy(rows_BK).t().contiguous())
     reset_KB = torch.zeros((window + 1, lanes), dtype=torch.bool, pin_memory=pin_memory)
-    reset_KB.numpy()[plan.reset_column, plan.reset_lane] = True
+    reset_KB.numpy()[plan.reset_column, plan.reset_lane] = (
+        True if keeps_state is None else ~keeps_state(plan.reset_ordinal)
+    )
     targets_KB = columns_KB[1:]
     if any(store.targets is not None for store in stores):
         targets_KB = _own_targets(targets_KB, corpus, plan)

@@ -27,16 +27,29 @@ class WindowObjective(nn.Module):
     state that leaves the window is detached, so no gradient ever crosses its edge.
     """
 
-    def __init__(self, model: WindowModel, recompute_every: int = 0, fp32_sums: bool | None = None) -> None:
+    right: torch.Tensor | None
+
+    def __init__(
+        self,
+        model: WindowModel,
+        recompute_every: int = 0,
+        fp32_sums: bool | None = None,
+        count_right: bool = False,
+    ) -> None:
         """`recompute_every` = c > 0 keeps only the states of every c-th step and recomputes inside.
 
         `fp32_sums`: gradients through time are summed by `Fp32GradientSums`; off, by autograd, in the weights' type.
         None: where weights have fewer than 32 bits. A compiled step leaves its matrices to autograd.
+
+        `count_right`: the buffer `right` has how many counted targets of the last window were the likeliest token. A
+        buffer, which whoever calls reads next, because a window that is replayed as a CUDA graph writes its numbers to
+        fixed places.
         """
         super().__init__()
         self.model = model
         self.recompute_every = recompute_every
         self.fp32_sums = fp32_sums
+        self.register_buffer("right", torch.zeros((), dtype=torch.int64) if count_right else None, persistent=False)
         # What computes a window with gradients in another way, or returns None to leave it to `forward`.
         self.replacement: Callable[..., tuple[torch.Tensor, torch.Tensor] | None] | None = None
 
@@ -64,7 +77,9 @@ class WindowObjective(nn.Module):
             )
             hidden_RE = hidden_KBE.flatten(0, 1)  # (K, B, E) -> (K*B, E)
             weights_R = None if weights_KB is None else weights_KB.reshape(-1)
-            loss = self._head_loss(hidden_RE, targets_KB.reshape(-1), weights_R, sums)
+            loss, right = self._head_loss(hidden_RE, targets_KB.reshape(-1), weights_R, sums)
+        if self.right is not None:
+            self.right.copy_(right)
         return loss, new_state_BSE.detach()
 
     @torch.no_grad()
@@ -88,32 +103,42 @@ class WindowObjective(nn.Module):
         targets_R: torch.Tensor,
         weights_R: torch.Tensor | None,
         sums: Fp32GradientSums | None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of the losses, and how many of the counted targets were the likeliest token (0: not asked for)."""
         rows = max(1, HEAD_ELEMENTS // self.model.config.vocab_size)
         if hidden_RE.shape[0] <= rows:
             return self._rows_loss(hidden_RE, targets_R, weights_R)
         loss = hidden_RE.new_zeros((), dtype=torch.float32)
+        right = targets_R.new_zeros(())
         # split and not slicing: the backward of each slice fills a gradient for all rows with zeros, so that the pieces
         # together would move bytes with the square of their number.
         weights = [None] * -(-len(targets_R) // rows) if weights_R is None else weights_R.split(rows)
         for piece in zip(hidden_RE.split(rows), targets_R.split(rows), weights, strict=True):
-            loss = loss + checkpoint(
+            of_piece, right_of_piece = checkpoint(
                 self._rows_loss,
                 *piece,
                 use_reentrant=False,
                 preserve_rng_state=False,
                 context_fn=recomputed_in(sums),
             )
-        return loss
+            loss, right = loss + of_piece, right + right_of_piece
+        return loss, right
 
     def _rows_loss(
         self, hidden_RE: torch.Tensor, targets_R: torch.Tensor, weights_R: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits_RV = self._logits(hidden_RE)
+        right = targets_R.new_zeros(())
+        if self.right is not None:
+            is_right_R = logits_RV.detach().argmax(-1) == targets_R
+            right = (is_right_R if weights_R is None else is_right_R & (weights_R > 0)).sum()
         if weights_R is None:
-            return self._row_losses(hidden_RE, targets_R, reduction="sum")
-        return (self._row_losses(hidden_RE, targets_R) * weights_R).sum()
+            return F.cross_entropy(logits_RV, targets_R, reduction="sum"), right
+        return (F.cross_entropy(logits_RV, targets_R, reduction="none") * weights_R).sum(), right
 
-    def _row_losses(self, hidden_RE: torch.Tensor, targets_R: torch.Tensor, reduction: str = "none") -> torch.Tensor:
+    def _row_losses(self, hidden_RE: torch.Tensor, targets_R: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self._logits(hidden_RE), targets_R, reduction="none")
+
+    def _logits(self, hidden_RE: torch.Tensor) -> torch.Tensor:
         logits_RV = self.model.logits_of(hidden_RE)
-        logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
-        return F.cross_entropy(logits_RV, targets_R, reduction=reduction)
+        return logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()

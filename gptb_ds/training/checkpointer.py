@@ -133,7 +133,11 @@ class Checkpointer:
             random_state = reader.random_state(rank)
             if random_state["cpu"].shape != torch.get_rng_state().shape:
                 raise CheckpointError(f"{reader.folder}: the random state of rank {rank} has another size")
-        self._windows.load_state_dict({"ordinal": lanes["ordinal"], "offset": lanes["offset"]})
+        self._windows.load_state_dict(
+            {"ordinal": lanes["ordinal"], "offset": lanes["offset"]},
+            column=state.tokens // self._facts.lanes,
+            grown=state.grown,
+        )
         return state, lanes, random_state
 
     def _keeps_moments(self, reader: CheckpointReader) -> bool:

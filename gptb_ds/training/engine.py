@@ -51,7 +51,8 @@ class UpdateResult:
 
     `loss` is nats per counted target over all ranks; None: nothing was counted. `part_norm`, where noise is measured,
     is the mean squared norm of the gradients of the update's `parts`: what each rank took in one backward pass. `flags`
-    are those that were raised on any rank.
+    are those that were raised on any rank. `accuracy`, where the objective counts right answers, is their share of the
+    counted targets.
     """
 
     loss: float | None
@@ -60,6 +61,7 @@ class UpdateResult:
     flags: tuple[bool, ...] = ()
     part_norm: float | None = None
     parts: int = 1
+    accuracy: float | None = None
 
 
 def check_policy(policy: Policy) -> None:
@@ -116,6 +118,7 @@ class Engine:
             "steps_per_print": None,
         }
         self._norms = GradientNorms(parameters.values(), world.device) if measure_noise else None
+        self._counter = objective
         self.graphs = None
         refused = refusal(objective.model, world.device, self.stage)
         if refused is None and graph != "off":
@@ -185,8 +188,8 @@ class Engine:
         for group in self._base.param_groups:
             group["lr"] = lr
             group["betas"] = betas or group["betas"]
-        # The loss, a squared norm, the flags.
-        shared = torch.zeros(2 + len(flags()), dtype=torch.float64, device=self.world.device)
+        # The loss, a squared norm, right answers, the flags.
+        shared = torch.zeros(3 + len(flags()), dtype=torch.float64, device=self.world.device)
         states = []
         for window, state in groups:
             loss, new_state = self._deepspeed(
@@ -195,14 +198,16 @@ class Engine:
             # A loss that is not finite makes its gradients so: then every rank learns of it, and skips.
             self._deepspeed.backward(loss * torch.where(loss.detach().isfinite(), scale, math.nan))
             shared[0] += loss.detach().double()
+            if self._counter.right is not None:
+                shared[2] += self._counter.right
             states.append(new_state)
             self._deepspeed.step()
         if self._norms is not None:
             shared[1] = self._norms.take()
-        for number, raised in enumerate(flags(), start=2):
+        for number, raised in enumerate(flags(), start=3):
             if raised:
                 shared[number].fill_(1.0)  # a constant of the kernel: nothing is copied to the device
-        loss_sum, squared_norms, *raised_by = self.world.sum(shared).tolist()
+        loss_sum, squared_norms, right, *raised_by = self.world.sum(shared).tolist()
         norm = self._deepspeed.get_global_grad_norm()
         result = UpdateResult(
             loss=loss_sum / counted if counted else None,
@@ -212,6 +217,7 @@ class Engine:
             part_norm=None if self._norms is None else squared_norms * len(groups) / self.world.size,
             parts=self.world.size * len(groups),
             flags=tuple(ranks > 0 for ranks in raised_by),
+            accuracy=right / counted if counted and self._counter.right is not None else None,
         )
         return result, states
 

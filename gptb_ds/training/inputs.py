@@ -11,6 +11,7 @@ import torch
 from gptb_ds.config import Config, ConfigError, divisors
 from gptb_ds.data.collator import LaneCollator
 from gptb_ds.data.corpus import Corpus, open_corpus
+from gptb_ds.data.curriculum import Curriculum
 from gptb_ds.data.documents import load_tokenizer
 from gptb_ds.distributed.world import World, derive_seed
 from gptb_ds.evaluation import HeldOut
@@ -62,6 +63,8 @@ def read_inputs(config: Config, world: World) -> Inputs:
         world_size=world.size,
         max_document_tokens=config.data.max_document_tokens,
         stagger=config.data.stagger,
+        curriculum=_curriculum(config, corpus),
+        keep_state_probability=config.data.keep_state_probability,
         ahead=2,
     )
     facts = RunFacts(
@@ -74,11 +77,21 @@ def read_inputs(config: Config, world: World) -> Inputs:
         identity=_identity(config, windows, model),
         settings=_settings(config, world, policy),
         skips=config.data.skips(),
+        is_task=corpus.tokenizer.startswith("task:"),
+        grow_at=config.task.grow_at,
     )
     held_out = _held_out(config, world, corpus)
     warnings = [] if held_out else [f"nothing is held out in {' '.join(config.data.path)}: no evaluation"]
     data = RunData(windows, held_out, load_tokenizer(config.data.path[0]))
     return Inputs(facts, data, model.train(), policy, warnings)
+
+
+def _curriculum(config: Config, corpus: Corpus) -> Curriculum | None:
+    """A curriculum for what has an answer at each position, so that a beginning is a document of its own."""
+    if config.task.curriculum == "off" or not all(store.targets is not None for store in corpus.stores):
+        return None
+    longest = max(store.manifest["splits"]["train"]["longest"] for store in corpus.stores)
+    return Curriculum(min(config.task.start_length, longest), longest)
 
 
 def _model(config: Config, world: World, corpus: Corpus) -> WindowModel:
@@ -164,6 +177,8 @@ def _settings(config: Config, world: World, policy: Policy) -> dict[str, object]
     settings |= {f"train.{key}": value for key, value in config.train.model_dump().items() if key != "seed"}
     settings |= {
         "data.skip": config.data.skip,
+        "data.keep_state_probability": config.data.keep_state_probability,
+        "task.grow_at": config.task.grow_at,
         "model.dropout": config.model.dropout,
         "world_size": world.size,
         "zero_stage": zero_stage(policy),

@@ -193,7 +193,7 @@ def _build(config: Config, inputs: Inputs, world: World, reporter: Reporter, sto
     """The fourth stage: the engine and what trains with it."""
     facts = inputs.facts
     engine = Engine(
-        WindowObjective(inputs.model, facts.train.recompute_every),
+        WindowObjective(inputs.model, facts.train.recompute_every, count_right=facts.is_task),
         world,
         lanes=facts.lanes // world.size,
         lane_groups=facts.train.lane_groups,

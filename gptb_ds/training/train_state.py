@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
+from gptb_ds.checkpoint.format import Counter
 from gptb_ds.config import OptimConfig, RunConfig, TrainConfig
 from gptb_ds.training.noise_scale import NoiseScale
 
@@ -18,6 +19,7 @@ class RunFacts:
 
     `lanes` and `window` are L and K. `bytes_per_target` turns nats into bits per byte of text; None where they mean
     nothing, see `Corpus.bytes_per_target`. `skips` are (lanes, columns) that are read but not learnt from.
+    `is_task`: right answers are counted. `grow_at`: the running accuracy at which a curriculum's documents grow.
     """
 
     lanes: int
@@ -29,6 +31,8 @@ class RunFacts:
     identity: dict[str, object]
     settings: dict[str, object]
     skips: tuple[tuple[range, range], ...] = ()
+    is_task: bool = False
+    grow_at: float = 0.95
 
     @property
     def window_tokens(self) -> int:
@@ -44,7 +48,8 @@ class TrainState:
     `tokens` of all ranks were read by all `update`s, `adam_tokens` by those that were applied since Adam's moments
     began (after `adam_start` of the `adam_steps`). `loss` is the last update's, None when it was not finite or nothing
     was counted. `evaluation_due`: a request to stop broke off the evaluation that belongs to this update. The last
-    window made `updates_per_window`; the other three are the `noise`.
+    window made `updates_per_window`; the other three are the `noise`. With a curriculum `accuracy` is the running share
+    of right answers, over the `updates_since_growth`, and `grown` are the columns at which documents became longer.
     """
 
     update: NonNegativeInt = 0
@@ -60,6 +65,9 @@ class TrainState:
     bad_in_row: NonNegativeInt = 0
     evaluation_due: bool = False
     loss: float | None = None
+    accuracy: float = 0.0
+    updates_since_growth: NonNegativeInt = 0
+    grown: list[NonNegativeInt] = field(default_factory=list)
 
     @property
     def noise(self) -> NoiseScale:
@@ -70,12 +78,12 @@ class TrainState:
     def noise(self, value: NoiseScale) -> None:
         self.noise_signal, self.noise_variance, self.noise_updates = value.signal, value.noise, value.updates
 
-    def saved(self) -> dict[str, int | float | bool | None]:
+    def saved(self) -> dict[str, Counter]:
         """The counters by name."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def restored(cls, values: dict[str, int | float | bool | None]) -> TrainState:
+    def restored(cls, values: dict[str, Counter]) -> TrainState:
         """From what `saved` gave. Raises ValueError, one line, when it can't have given this."""
         try:
             state = cls(**values)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from gptb_ds.generation import generate
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.training.checkpointer import Checkpointer
 from gptb_ds.training.engine import Engine
+from gptb_ds.training.length_curriculum import is_due, note_growth
 from gptb_ds.training.metrics import Metrics
 from gptb_ds.training.reporter import Reporter
 from gptb_ds.training.stop_requests import StopRequests
@@ -104,6 +105,16 @@ class Trainer:
             now = time.perf_counter()
             self._report(update, now - started, waited)
             started, waited = now, 0.0
+        self._grow_documents()
+
+    def _grow_documents(self) -> None:
+        """At a window's edge: the curriculum's documents become longer when the answers are right."""
+        windows, state = self.data.windows, self.state
+        if windows.curriculum is None or windows.curriculum.is_full or not is_due(state, self.facts.grow_at):
+            return
+        windows.grow()
+        note_growth(state, windows.column, self.facts.grow_at)
+        self.reporter.say(f"update {state.update}: documents of up to {windows.curriculum.limit} tokens from here on")
 
     def _report(self, update: Update, elapsed: float, waited: float) -> None:
         state, result = self.state, update.result
@@ -116,6 +127,10 @@ class Trainer:
             "tokens_per_second": update.tokens / elapsed,
             "wait_fraction": waited / elapsed,
         }
+        if result.accuracy is not None:
+            line["accuracy"] = result.accuracy
+        if self.data.windows.curriculum is not None:
+            line["document_tokens"] = self.data.windows.curriculum.limit
         if result.part_norm is not None:
             line["noise_scale"] = state.noise.tokens
         if not result.applied:

@@ -14,6 +14,7 @@ import torch
 from gptb_ds.data.window import Window
 from gptb_ds.distributed.watchdog import progress_made
 from gptb_ds.training.engine import Engine, UpdateResult
+from gptb_ds.training.length_curriculum import follow_accuracy
 from gptb_ds.training.noise_scale import merged
 from gptb_ds.training.schedule import BatchPlan, adam_betas, adam_count, learning_rate, rate_plan
 from gptb_ds.training.train_state import RunFacts, TrainState
@@ -137,4 +138,6 @@ def _count(state: TrainState, result: UpdateResult, tokens: int) -> None:
     else:
         state.skipped += 1
         state.bad_in_row += 1
+    if result.accuracy is not None:
+        follow_accuracy(state, result.accuracy)
     state.loss = result.loss if result.loss is not None and math.isfinite(result.loss) else None
