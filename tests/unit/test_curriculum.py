@@ -17,6 +17,7 @@ from gptb_ds.data.tasks import parse_task
 from gptb_ds.data.window import Window
 from gptb_ds.training.length_curriculum import follow_accuracy, is_due, note_growth
 from gptb_ds.training.train_state import TrainState
+from tests.harness.training import train
 
 LANES, WINDOW = 12, 5
 GROWS_AFTER = (7, 8, 20)  # windows
@@ -152,7 +153,5 @@ def test_documents_grow_at_the_running_accuracy_and_not_twice_at_once():
 
 
 def test_text_is_never_cut_by_the_curriculum(store: Path, tmp_path: Path):
-    args = ["train", "--data.path", str(store), "--run.dir", str(tmp_path / "run"), "--train.updates", "2"]
-    args += ["--model.n_layer", "1", "--model.n_head", "2", "--model.n_embd", "16", "--model.num_slots", "3"]
-    assert main([*args, "--optim.warmup_updates", "1", "--task.curriculum", "auto", "--run.eval_every", "0"]) == 0
+    train(tmp_path / "run", store, train__updates=4, task__curriculum="auto")
     assert "document_tokens" not in (tmp_path / "run" / "metrics.jsonl").read_text()
