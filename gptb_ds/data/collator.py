@@ -90,7 +90,6 @@ class LaneCollator:
         self._cursor = self._cursor_at(self._block.ordinal, self._block.offset, 0)
         text = f"{corpus.fingerprint}/{max_document_tokens}" + ("/own epochs" if corpus.shares else "")
         text += "/stagger" if stagger else ""
-        text += "" if curriculum is None else f"/curriculum from {curriculum.start}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def next_window(self) -> Window:

@@ -162,6 +162,11 @@ def _identity(config: Config, windows: LaneCollator, model: WindowModel) -> dict
     identity |= {f"data.{key}": getattr(data, key) for key in ("lanes", "window", "seed")}
     identity |= {f"data.{key}": getattr(data, key) for key in ("max_document_tokens", "weights")}
     identity |= {"train.seed": config.train.seed}
+    # None is also what a checkpoint says that was saved before there was a curriculum.
+    curriculum = windows.curriculum
+    identity["task.curriculum"] = (
+        None if curriculum is None else f"auto, documents of {curriculum.start} tokens at first"
+    )
     shape: tuple[str, ...] = ("kind", "n_layer", "n_head", "n_embd")
     if config.model.kind == "gptb":
         identity |= inherited(cast(GPTBConfig, model.config))

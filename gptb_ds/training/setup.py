@@ -235,11 +235,17 @@ def _headline(config: Config, world: World, trainer: Trainer, in_tf32: bool) -> 
     precision = facts.train.precision + (" (products in TF32)" if in_tf32 else "")
     kinds = {"gptb": f"{config.model.num_slots} slots", "gpt2": "GPT-2", "lstm": "LSTM"}
     kind = kinds[config.model.kind]
+    curriculum = trainer.data.windows.curriculum
+    lengths = ""
+    if curriculum is not None:
+        lengths = (
+            f"; documents of up to {curriculum.limit} tokens now, {curriculum.longest} later (task.curriculum auto)"
+        )
     return (
         f"{parameters / 1e6:.2f} M parameters, {kind}; {facts.lanes} lanes x"
         f" {facts.window} columns = {facts.window_tokens:,} tokens {taken};"
         f" {world.size} rank(s) on {world.device.type}, ZeRO {engine.stage}, {precision};"
-        f" updates {trainer.state.update} to {trainer.updates.last_update}"
+        f" updates {trainer.state.update} to {trainer.updates.last_update}{lengths}"
     )
 
 

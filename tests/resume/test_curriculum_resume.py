@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptb_ds.cli import main
-from tests.harness.training import file_checksums, losses, metrics, rewind, train
+from tests.harness.training import file_checksums, losses, metrics, rewind, start, train
 
 KEYS = {
     "data__lanes": 16, "data__window": 8, "data__keep_state_probability": 0.1, "model__carry": "shift",
@@ -56,3 +56,16 @@ def test_on_other_ranks_with_the_same_growth(grown, tmp_path: Path):
     train(again, store, ranks=1, stage=0, **KEYS)
     assert growth(again, 60) == growth(run, 60)
     assert losses(again) == pytest.approx(losses(run), rel=1e-3)
+
+
+def test_a_run_says_how_its_documents_grow_and_does_not_go_on_without(grown, tmp_path: Path):
+    store, run = grown
+    again = rewind(run, tmp_path / "again", 20)
+    said = start(again, store, ranks=1, stage=0, **KEYS, task__curriculum="off")
+    assert said.wait() == [2]
+    assert (
+        "task.curriculum was 'auto, documents of 2 tokens at first' when this was saved and is None now" in said.text()
+    )
+    straight = start(tmp_path / "run", store, ranks=1, stage=0, **KEYS | {"train__updates": 4})
+    assert straight.wait() == [0]
+    assert "documents of up to 2 tokens now, 40 later (task.curriculum auto)" in straight.text()
