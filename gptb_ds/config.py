@@ -38,9 +38,18 @@ class ModelConfig(Group):
     kind: Literal["gptb", "gpt2", "lstm"] = Field(
         "gptb", description="gpt2 and lstm: models to compare with, of the same n_layer and n_embd"
     )
+    backbone: str = Field(
+        "gpt2",
+        description="whose blocks they are: gpt2, llama, qwen3, gpt_neox, gemma, ... (a decoder of transformers), or a"
+        " folder or hub name, whose config.json then says the sizes",
+    )
     num_slots: int = Field(20, ge=2, description="S: positions the blocks run over (S-1 state vectors and one token)")
-    n_layer: int = Field(12, ge=1, description="GPT-2 blocks")
+    n_layer: int = Field(12, ge=1, description="blocks")
     n_head: int = Field(12, ge=1, description="attention heads a block")
+    n_kv_head: int | None = Field(None, ge=1, description="heads of keys and values (default: as many as n_head)")
+    n_inner: int | None = Field(
+        None, ge=1, description="width inside a block's MLP (default: as the backbone's family has it, 4 E in GPT-2)"
+    )
     n_embd: int = Field(768, ge=1, description="E: width of a hidden vector")
     rebias: bool = Field(True, description="attention between slots is bidirectional; off, the model is memoryless")
     recent_tokens: int = Field(
@@ -54,7 +63,9 @@ class ModelConfig(Group):
     )
     initializer_range: float = Field(0.02, gt=0, description="standard deviation of the weights that are drawn")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout of embeddings, attention and residuals")
-    init_from: str | None = Field(None, description="GPT-2 folder or hub name whose weights start the blocks")
+    init_from: str | None = Field(
+        None, description="folder or hub name of a trained decoder whose weights start the blocks"
+    )
 
     @model_validator(mode="after")
     def _shape_holds_up(self) -> ModelConfig:
@@ -67,6 +78,12 @@ class ModelConfig(Group):
             errors.append(
                 f"model.recent_tokens {self.recent_tokens} leaves no slot for the state; with model.num_slots"
                 f" {self.num_slots} choose at most {self.num_slots - 2}"
+            )
+        if self.n_kv_head is not None and (self.backbone == "gpt2" or self.n_head % self.n_kv_head):
+            remedy = "leave it out" if self.backbone == "gpt2" else f"choose one of {divisors(self.n_head)}"
+            errors.append(
+                f"model.n_kv_head {self.n_kv_head} does not fit model.backbone {self.backbone} with model.n_head"
+                f" {self.n_head}; {remedy}"
             )
         if self.context is not None and self.kind != "gpt2":
             errors.append(f"model.context {self.context} is for model.kind gpt2, not {self.kind}; leave it out")
@@ -390,6 +407,8 @@ class Config(Group):
             return []
         wanted = {
             "model.init_from": self.model.init_from is not None,
+            "model.backbone": self.model.backbone != "gpt2",
+            "model.n_inner": self.model.n_inner is not None,
             "model.recent_tokens": self.model.recent_tokens > 0,
             "model.carry": self.model.carry != "outputs",
             "model.rebias false": not self.model.rebias,

@@ -14,19 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedConfig, PreTrainedTokenizerBase
 
 from gptb_ds import model as model_package
 from gptb_ds.atomic_files import sync_path
 from gptb_ds.baselines import GPT2Baseline
 from gptb_ds.loading import load_any
 from gptb_ds.model.configuration import UNLIMITED, GPTBConfig
-from gptb_ds.model.modeling import GPTBLMHeadModel
+from gptb_ds.model.decoder import AnyGPTB
+from gptb_ds.model.decoder_configuration import GPTBDecoderConfig
 
 AUTO_MAP = {
     "AutoConfig": "configuration.GPTBConfig",
     "AutoModel": "modeling.GPTBModel",
     "AutoModelForCausalLM": "modeling.GPTBLMHeadModel",
+}
+DECODER_AUTO_MAP = {
+    "AutoConfig": "decoder_configuration.GPTBDecoderConfig",
+    "AutoModel": "decoder.GPTBDecoderModel",
+    "AutoModelForCausalLM": "decoder.GPTBDecoderLMHeadModel",
 }
 
 
@@ -54,12 +60,13 @@ def export(options: ExportOptions) -> Path:
     model, tokenizer = load_any(options.model)
     if isinstance(model, GPT2Baseline):
         return _export_gpt2(model, tokenizer, out)
-    if not isinstance(model, GPTBLMHeadModel):
+    if not isinstance(model, AnyGPTB):
         raise ValueError(f"{options.model}: holds a {type(model).__name__}, which transformers has no model for")
     config = model.config
-    # Other programs take n_positions for the longest text; slots have positions here, tokens have no limit.
-    config.slot_positions, config.n_positions = config.position_rows, UNLIMITED
-    config.auto_map = AUTO_MAP
+    if isinstance(config, GPTBConfig):
+        # Other programs take n_positions for the longest text; slots have positions here, tokens have no limit.
+        config.slot_positions, config.n_positions = config.position_rows, UNLIMITED
+    config.auto_map = AUTO_MAP if isinstance(config, GPTBConfig) else DECODER_AUTO_MAP
     tokenizer.model_max_length = UNLIMITED
     tokenizer.padding_side = "left"
     # A tokenizer in Python saves what it was made with, not what it was set to.
@@ -72,7 +79,7 @@ def export(options: ExportOptions) -> Path:
     with _whole_or_not_at_all(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        for path in code_files():
+        for path in code_files(config.auto_map["AutoModel"].partition(".")[0]):
             shutil.copyfile(path, folder / path.name)
         (folder / "README.md").write_text(_card(options.model, config), encoding="utf-8")
     return out
@@ -88,11 +95,11 @@ def _export_gpt2(model: GPT2Baseline, tokenizer: PreTrainedTokenizerBase, out: P
     return out
 
 
-def code_files() -> list[Path]:
-    """The files of `model/` that an exported folder carries: `modeling` and what it imports, which is all relative."""
+def code_files(module: str = "modeling") -> list[Path]:
+    """The files of `model/` that an exported folder carries: `module` and what it imports, which is all relative."""
     package = Path(model_package.__file__).parent
     found: dict[str, Path] = {}
-    names = ["modeling"]
+    names = [module]
     while names:
         name = names.pop()
         if name not in found:
@@ -120,9 +127,10 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _card(source: str, config: GPTBConfig) -> str:
+def _card(source: str, config: PreTrainedConfig) -> str:
     """The model card: what this is, the run's figures, and how to use it."""
     facts = {"slots": config.num_slots, "blocks": config.num_hidden_layers, "width": config.hidden_size}
+    facts |= {"backbone": config.backbone.model_type if isinstance(config, GPTBDecoderConfig) else "gpt2"}
     facts |= {"heads": config.num_attention_heads, "vocabulary": config.vocab_size} | _figures(Path(source))
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"""---

@@ -16,7 +16,7 @@ from transformers.generation import BaseStreamer
 
 from gptb_ds.data import tokenization
 from gptb_ds.loading import PRECISIONS, load_gptb, usable_device
-from gptb_ds.model import GPTBCache, GPTBLMHeadModel
+from gptb_ds.model import AnyGPTB, GPTBCache
 from gptb_ds.text_stream import TextStream
 
 __all__ = ["GenerateOptions", "Sampling", "TextStream", "generate", "generate_batch", "generate_texts"]
@@ -76,7 +76,7 @@ class Sampling:
 
 
 def generate(
-    model: GPTBLMHeadModel,
+    model: AnyGPTB,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -90,7 +90,7 @@ def generate(
 
 
 def generate_batch(
-    model: GPTBLMHeadModel,
+    model: AnyGPTB,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
@@ -143,7 +143,7 @@ def generate_batch(
     return [row[: row.index(eot_id)] if eot_id in row else row for row in new_BT.tolist()]
 
 
-def _end_of_text(model: GPTBLMHeadModel) -> int | None:
+def _end_of_text(model: AnyGPTB) -> int | None:
     ids = model.config.eos_token_id
     return ids[0] if isinstance(ids, list) else ids
 
@@ -298,7 +298,7 @@ def generate_texts(options: GenerateOptions, say: Callable[[str], None] | None =
     return [text_after(tokenizer, row, new) for row, new in zip(rows, tokens, strict=True)]
 
 
-def _given_state(options: GenerateOptions, model: GPTBLMHeadModel, lanes: int) -> GPTBCache | None:
+def _given_state(options: GenerateOptions, model: AnyGPTB, lanes: int) -> GPTBCache | None:
     """The cache to read into: that of `state_in`, once for each prompt, or a new one if the state is to be saved."""
     if options.state_in is None:
         return GPTBCache() if options.state_out else None

@@ -7,14 +7,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import GPT2Config, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
-from gptb_ds.baselines import GPT2Baseline, LSTMBaseline, LSTMConfig
+from gptb_ds.baselines import GPT2Baseline, LSTMConfig
 from gptb_ds.checkpoint.format import (
     CheckpointError,
     checkpoint_folders,
@@ -24,12 +25,13 @@ from gptb_ds.checkpoint.format import (
     verify,
 )
 from gptb_ds.checkpoint.reader import CheckpointReader
-from gptb_ds.config import Config
 from gptb_ds.data.tokenization import load_folder, vocab_size
 from gptb_ds.distributed.world import World
-from gptb_ds.model.configuration import UNLIMITED, GPTBConfig
-from gptb_ds.model.modeling import GPTBLMHeadModel
+from gptb_ds.model.configuration import GPTBConfig
+from gptb_ds.model.decoder import AnyGPTB
+from gptb_ds.model.decoder_configuration import GPTBDecoderConfig
 from gptb_ds.model.window_model import WindowModel
+from gptb_ds.model_choice import model_class, new_model
 
 # Types of a safetensors file that weights may have; all become float32.
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -39,10 +41,10 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_gptb(path: str) -> tuple[GPTBLMHeadModel, PreTrainedTokenizerBase]:
+def load_gptb(path: str) -> tuple[AnyGPTB, PreTrainedTokenizerBase]:
     """`load_any`, for what only a GPTB can do. Raises ValueError for a model to compare with, too."""
     model, tokenizer = load_any(path)
-    if not isinstance(model, GPTBLMHeadModel):
+    if not isinstance(model, AnyGPTB):
         remedy = "export it, and use transformers" if isinstance(model, GPT2Baseline) else "train a GPTB"
         raise ValueError(f"{path}: holds a {type(model).__name__}, a model to compare with; {remedy}")
     return model, tokenizer
@@ -101,68 +103,6 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def new_model(configuration: PreTrainedConfig) -> WindowModel:
-    """A model with weights that are drawn. Raises ValueError for a configuration that does not hold up."""
-    if isinstance(configuration, GPTBConfig):
-        return GPTBLMHeadModel(configuration)
-    if isinstance(configuration, GPT2Config):
-        return GPT2Baseline(configuration)
-    return LSTMBaseline(cast(LSTMConfig, configuration))
-
-
-def baseline_configuration(config: Config, vocab_size: int, eot_id: int) -> PreTrainedConfig:
-    """The model to compare with that a run's configuration describes, over a store's vocabulary."""
-    model, window = config.model, config.data.window
-    shared: dict[str, Any] = {"vocab_size": vocab_size, "n_layer": model.n_layer, "n_embd": model.n_embd}
-    shared |= {"eos_token_id": eot_id, "bos_token_id": eot_id, "initializer_range": model.initializer_range}
-    if model.kind == "lstm":
-        return LSTMConfig(**shared, dropout=model.dropout)
-    context = model.context or window
-    # Read again with the next window, so that every prediction sees its document as far back as it can.
-    streaming: dict[str, Any] = {"carried_tokens": context - window, "evaluation_stride": max(1, context // 4)}
-    return GPT2Config(
-        **shared,
-        n_head=model.n_head,
-        n_positions=context,
-        resid_pdrop=model.dropout,
-        embd_pdrop=model.dropout,
-        attn_pdrop=model.dropout,
-        **streaming,
-    )
-
-
-def model_configuration(
-    config: Config, vocab_size: int, eot_id: int, inherited: dict[str, Any] | None = None
-) -> GPTBConfig:
-    """The model that a run's configuration describes, over a store's vocabulary.
-
-    `inherited` is what a warm start took over (see `configuration.INHERITED`).
-    """
-    model, rest = config.model, dict(inherited or {})
-    return GPTBConfig(
-        vocab_size=vocab_size,
-        num_slots=model.num_slots,
-        n_layer=model.n_layer,
-        n_head=model.n_head,
-        n_embd=model.n_embd,
-        rebias=model.rebias,
-        recent_tokens=model.recent_tokens,
-        carry=model.carry,
-        initializer_range=model.initializer_range,
-        # What starts from a decoder and holds recent tokens begins as that decoder.
-        preserve_decoder=model.rebias and model.recent_tokens > 0 and model.init_from is not None,
-        resid_pdrop=model.dropout,
-        embd_pdrop=model.dropout,
-        attn_pdrop=model.dropout,
-        bos_token_id=eot_id,
-        eos_token_id=eot_id,
-        # Slots have positions, tokens have not: what other programs read as the longest text is no limit of ours.
-        slot_positions=rest.pop("n_positions", model.num_slots),
-        n_positions=UNLIMITED,
-        **rest,
-    )
-
-
 def _load_checkpoint(folder: Path) -> tuple[WindowModel, PreTrainedTokenizerBase]:
     reader = CheckpointReader(folder)
     model = new_model(_read_configuration(folder))
@@ -180,7 +120,7 @@ def _load_export(folder: Path) -> tuple[WindowModel, PreTrainedTokenizerBase]:
     config = _read_configuration(folder)
     _check_weights(folder, config)
     tokenizer = _read_tokenizer(folder, config)
-    kind: Any = GPTBLMHeadModel if isinstance(config, GPTBConfig) else GPT2Baseline
+    kind: Any = model_class(config)
     try:
         with quiet_loading():
             model: WindowModel = kind.from_pretrained(
@@ -227,11 +167,12 @@ def _read_configuration(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{path}: cannot be read: {one_line(error)}") from None
     if values.get("quantization_config"):
         raise ValueError(f"{path}: its weights are quantised, which is not read; save them as float32 or bfloat16")
-    kinds: dict[str, Any] = {GPTBConfig.model_type: GPTBConfig, LSTMConfig.model_type: LSTMConfig}
+    kinds: dict[str, Any] = {each.model_type: each for each in (GPTBConfig, GPTBDecoderConfig, LSTMConfig)}
     if "carried_tokens" in values:
         kinds[GPT2Config.model_type] = GPT2Config
     if kind not in kinds:
-        remedy = "; --model.init_from starts the training of a GPTB from it" if kind == "gpt2" else ""
+        is_decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        remedy = "; --model.init_from starts the training of a GPTB from it" if is_decoder else ""
         raise ValueError(f"{folder}: holds a model of type {kind!r}, this reads {GPTBConfig.model_type!r}{remedy}")
     try:
         found: PreTrainedConfig = kinds[kind].from_pretrained(folder, local_files_only=True)

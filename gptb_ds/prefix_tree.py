@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gptb_ds.model import GPTBLMHeadModel
+from gptb_ds.model import AnyGPTB
 from gptb_ds.model.objective import HEAD_ELEMENTS
 
 # Columns of one call of the model: nodes that end in it are left out of the next one.
@@ -108,7 +108,7 @@ def _levels(ends: Sequence[Node]) -> list[list[Node]]:
 class PrefixReader:
     """Reads prefix trees with a model (in eval mode), `lanes` nodes side by side."""
 
-    def __init__(self, model: GPTBLMHeadModel, lanes: int) -> None:
+    def __init__(self, model: AnyGPTB, lanes: int) -> None:
         self._model, self._lanes = model, lanes
         self.tokens_read = 0  # in all, for who wants to know what sharing saves
 
@@ -197,7 +197,7 @@ class PrefixReader:
 class _Rows:
     """Outputs of the last slot that wait for the head, and the tokens that they predict."""
 
-    def __init__(self, model: GPTBLMHeadModel) -> None:
+    def __init__(self, model: AnyGPTB) -> None:
         self._model = model
         self._most = max(1, HEAD_ELEMENTS // model.config.vocab_size)
         self._hidden: list[torch.Tensor] = []

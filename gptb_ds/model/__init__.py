@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .cache import GPTBCache
 from .configuration import GPTBConfig, as_gptb_config, inherited, warn_if_memoryless
-from .decoder import GPTBDecoderLMHeadModel, GPTBDecoderModel
+from .decoder import AnyGPTB, GPTBDecoderLMHeadModel, GPTBDecoderModel
 from .decoder_configuration import GPTBDecoderConfig
 from .modeling import GPTBLMHeadModel, GPTBModel
 from .outputs import GPTBModelOutput, GPTBOutput
@@ -24,6 +24,7 @@ AutoModel.register(GPTBDecoderConfig, GPTBDecoderModel)
 AutoModelForCausalLM.register(GPTBDecoderConfig, GPTBDecoderLMHeadModel)
 
 __all__ = [
+    "AnyGPTB",
     "GPTBCache",
     "GPTBConfig",
     "GPTBDecoderConfig",

@@ -5,12 +5,14 @@ Axes: S slots, E embedding.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GPT2Config, PreTrainedConfig
 
 from .decoder import GPTBDecoderLMHeadModel, GPTBDecoderModel
 from .decoder_configuration import GPTBDecoderConfig
@@ -24,6 +26,36 @@ _DROPOUTS = (
 )
 
 
+def is_family(name: str) -> bool:
+    """Whether transformers has models of this name."""
+    return name in CONFIG_MAPPING
+
+
+def read_backbone(path: str) -> PreTrainedConfig:
+    """The decoder's configuration in a folder, or of a hub name. Raises ValueError for what is none."""
+    if not Path(path).is_dir() and path.count("/") != 1:
+        raise ValueError(_no_such(path))
+    try:
+        found: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    except Exception as error:  # transformers has classes of its own for what its checks refuse
+        raise ValueError(f"backbone {path}: no configuration of a decoder ({_one_line(error)})") from None
+    found = found.backbone if isinstance(found, GPTBDecoderConfig) else found
+    if not isinstance(found, GPT2Config):
+        check_architecture(found, path)
+    return found
+
+
+def adapted_backbone(config: PreTrainedConfig, *, dropout: float, **values: object) -> PreTrainedConfig:
+    """A copy with `values` and the dropout of ours; the type of weights is left to who builds the model."""
+    own = copy.deepcopy(config)
+    own.dtype, own.auto_map = None, None
+    for key in (key for key in _DROPOUTS if isinstance(getattr(own, key, None), int | float)):
+        setattr(own, key, dropout)
+    for key, value in values.items():
+        setattr(own, key, value)
+    return own
+
+
 def named_backbone(name: str, sizes: dict[str, int], *, dropout: float, **values: object) -> PreTrainedConfig:
     """The configuration of a family of decoders in a size of ours; what is not given is as the family has it.
 
@@ -33,10 +65,8 @@ def named_backbone(name: str, sizes: dict[str, int], *, dropout: float, **values
 
     Raises ValueError for a name that transformers does not know, or a family that can't be a backbone, or not so.
     """
-    if name not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(name, list(CONFIG_MAPPING), 1)
-        hint = f"did you mean {near[0]}?" if near else f"such as {', '.join(('gpt2', *TESTED))}, or a folder"
-        raise ValueError(f"backbone {name!r}: no decoder of transformers, and no folder with a config.json; {hint}")
+    if not is_family(name):
+        raise ValueError(_no_such(name))
     kind: Any = CONFIG_MAPPING[name]
     usual = kind()
     check_architecture(usual, name)
@@ -152,6 +182,12 @@ def _check_scale(first_SSE: torch.Tensor, x_SSE: torch.Tensor, name: str) -> Non
             f"backbone {name}: it multiplies what it is given by {factor:.4g} before its first block, which is not"
             " known here; states would not enter as they are"
         )
+
+
+def _no_such(name: str) -> str:
+    near = difflib.get_close_matches(name, [*CONFIG_MAPPING], 1)
+    hint = f"did you mean {near[0]}?" if near else f"such as {', '.join(('gpt2', *TESTED))}, or a folder"
+    return f"backbone {name!r}: no decoder of transformers, and no folder with a config.json; {hint}"
 
 
 def _one_line(error: BaseException) -> str:

@@ -117,7 +117,7 @@ def as_gptb_config(config: GPT2Config) -> GPTBConfig:
     return GPTBConfig(**values, **{"attn_implementation": config._attn_implementation})
 
 
-def warn_if_memoryless(config: GPT2Config) -> None:
+def warn_if_memoryless(config: PreTrainedConfig) -> None:
     """Warns when `config` has `rebias` off: position S-1 is then hidden from the state, so no token can reach it.
 
     Unless the state is what `carry` "shift" makes it: then that position's output becomes a part of it.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from transformers import MODEL_MAPPING, AutoModel, GenerationMixin, PreTrainedCo
 
 from .attention import NAME as SLOT_ATTENTION
 from .decoder_configuration import GPTBDecoderConfig
-from .modeling import RecurrentLM
+from .modeling import GPTBLMHeadModel, RecurrentLM
 from .recurrence import Shared, SlotRecurrence
 
 
@@ -84,7 +84,7 @@ class GPTBDecoderModel(SlotRecurrence, GPTBDecoderPreTrainedModel):
         positions_1S, mask_11SS = context
         arguments = {"position_ids": positions_1S} if self.takes_positions else {}
         if self.input_factor != 1:
-            # The token's embedding was scaled in `_embed`; a state is an output, and enters as it is.
+            # The token's embedding was scaled in `embed`; a state is an output, and enters as it is.
             x_BSE = x_BSE / self.input_factor
         output = self.backbone(
             inputs_embeds=x_BSE,
@@ -98,8 +98,8 @@ class GPTBDecoderModel(SlotRecurrence, GPTBDecoderPreTrainedModel):
         y_BSE: torch.Tensor = output.last_hidden_state
         return y_BSE
 
-    def _embed(self, input_ids_KB: torch.Tensor) -> torch.Tensor:
-        embedded_KBE = super()._embed(input_ids_KB)
+    def embed(self, input_ids_KB: torch.Tensor) -> torch.Tensor:
+        embedded_KBE = super().embed(input_ids_KB)
         return embedded_KBE if self.input_factor == 1 else embedded_KBE * self.input_factor
 
 
@@ -121,6 +121,10 @@ class GPTBDecoderLMHeadModel(RecurrentLM, GPTBDecoderPreTrainedModel, Generation
         """Next-token logits (..., V) of last-slot outputs (..., E), scaled and capped as the decoder's head does it."""
         factor = self.config.logit_factor
         return super().logits_of(hidden if factor == 1 else hidden * factor)
+
+
+# The language models over a `SlotRecurrence`, whatever the backbone.
+AnyGPTB: TypeAlias = GPTBLMHeadModel | GPTBDecoderLMHeadModel
 
 
 def decoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

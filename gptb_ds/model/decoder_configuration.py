@@ -57,6 +57,12 @@ class GPTBDecoderConfig(PreTrainedConfig):
         own.check()
         return own
 
+    def identity(self) -> dict[str, object]:
+        """What makes the backbone the one that it is, for who has to tell it from another."""
+        names = ("model_type", "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rope_parameters")
+        found = {f"backbone.{name}": getattr(self.backbone, name, None) for name in names}
+        return found | {"tie_word_embeddings": self.tie_word_embeddings}
+
     @property
     def backbone(self) -> Any:
         """The decoder's configuration."""

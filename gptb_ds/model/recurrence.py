@@ -254,7 +254,7 @@ class SlotRecurrence(nn.Module):
     ) -> Iterator[Sequence[torch.Tensor]]:
         """The embedded columns, (B, 1, E) each, `chunk` at a time."""
         if torch.is_grad_enabled():
-            embedded_KBE = embeds_KBE if ids_KB is None else self._embed(ids_KB)
+            embedded_KBE = embeds_KBE if ids_KB is None else self.embed(ids_KB)
             assert embedded_KBE is not None
             # unbind and not indexing: its backward is one stack instead of K zero-filled copies of the window.
             tokens = embedded_KBE.to(self.initial_embeds.dtype).unsqueeze(2).unbind(0)
@@ -264,7 +264,7 @@ class SlotRecurrence(nn.Module):
         given = ids_KB if ids_KB is not None else embeds_KBE
         assert given is not None
         for part in given.split(chunk):
-            embedded_KBE = part if ids_KB is None else self._embed(part)
+            embedded_KBE = part if ids_KB is None else self.embed(part)
             yield embedded_KBE.to(self.initial_embeds.dtype).unsqueeze(2).unbind(0)
 
     def compile_step(self, **kwargs: Any) -> None:
@@ -359,7 +359,8 @@ class SlotRecurrence(nn.Module):
         rows_of_tokens = torch.cat((gate_N.expand(recent + 1, -1), causal_SS[-recent - 1 :, -recent - 1 :]), dim=1)
         return torch.cat((rows_of_state_NS, rows_of_tokens))
 
-    def _embed(self, input_ids_KB: torch.Tensor) -> torch.Tensor:
+    def embed(self, input_ids_KB: torch.Tensor) -> torch.Tensor:
+        """Token embeddings (..., E) as they enter the slots. Raises ValueError for a token outside the vocabulary."""
         try:
             return self.get_input_embeddings()(input_ids_KB)  # type: ignore[operator]
         except IndexError:

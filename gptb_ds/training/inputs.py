@@ -15,9 +15,11 @@ from gptb_ds.data.curriculum import Curriculum
 from gptb_ds.data.documents import load_tokenizer
 from gptb_ds.distributed.world import World, derive_seed
 from gptb_ds.evaluation import HeldOut
-from gptb_ds.loading import baseline_configuration, model_configuration, new_model
+from gptb_ds.model.backbones import build_decoder
 from gptb_ds.model.configuration import GPTBConfig, inherited, warn_if_memoryless
+from gptb_ds.model.decoder_configuration import GPTBDecoderConfig
 from gptb_ds.model.window_model import WindowModel
+from gptb_ds.model_choice import baseline_configuration, model_configuration, new_model
 from gptb_ds.training.deepspeed_policy import Policy, check_precision, offload_devices, read_policy, zero_stage
 from gptb_ds.training.engine import check_policy
 from gptb_ds.training.sinks import check_sinks
@@ -103,7 +105,7 @@ def _model(config: Config, world: World, corpus: Corpus) -> WindowModel:
         warn_if_memoryless(configuration)
     if config.model.init_from:
         return start_from(configuration, config.model.init_from, print if world.rank == 0 else lambda line: None)
-    return new_model(configuration)
+    return build_decoder(configuration) if isinstance(configuration, GPTBDecoderConfig) else new_model(configuration)
 
 
 def _check_lanes(config: Config, world: World) -> None:
@@ -169,7 +171,8 @@ def _identity(config: Config, windows: LaneCollator, model: WindowModel) -> dict
     )
     shape: tuple[str, ...] = ("kind", "n_layer", "n_head", "n_embd")
     if config.model.kind == "gptb":
-        identity |= inherited(cast(GPTBConfig, model.config))
+        own = model.config
+        identity |= own.identity() if isinstance(own, GPTBDecoderConfig) else inherited(cast(GPTBConfig, own))
         shape += ("num_slots", "rebias", "recent_tokens", "carry")
     if config.model.kind == "gpt2":
         identity["model.context"] = config.model.context or config.data.window

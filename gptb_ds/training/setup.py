@@ -26,8 +26,9 @@ from gptb_ds.distributed.join import JoinError, join, leave
 from gptb_ds.distributed.watchdog import Watchdog, progress_made
 from gptb_ds.distributed.world import World, is_shared
 from gptb_ds.exit_codes import DONE, FAULT, STOPPED, USAGE
-from gptb_ds.model.modeling import GPTBLMHeadModel
+from gptb_ds.model.decoder import AnyGPTB
 from gptb_ds.model.objective import WindowObjective
+from gptb_ds.model_choice import with_backbone
 from gptb_ds.training.checkpointer import Checkpointer
 from gptb_ds.training.engine import Engine
 from gptb_ds.training.inputs import Inputs, read_inputs
@@ -105,6 +106,7 @@ def _set_up(config: Config, world: World, stop: StopRequests, started: float) ->
     Raises ValueError for what the user has to change, OSError for what the system refuses.
     """
     # 1. Read and check.
+    config = world.on_rank0(with_backbone, config)
     config = world.on_rank0(with_precision, config, world.device)
     in_tf32 = allow_tf32(world.device, config.train.precision)
     inputs = world.on_all_ranks(read_inputs, config, world)
@@ -205,7 +207,7 @@ def _build(config: Config, inputs: Inputs, world: World, reporter: Reporter, sto
         say=reporter.say,
     )
     if facts.train.compile:
-        cast(GPTBLMHeadModel, inputs.model).compile_step()  # the configuration refuses it for another model
+        cast(AnyGPTB, inputs.model).compile_step()  # the configuration refuses it for another model
     files = model_files(cast(PreTrainedModel, inputs.model), inputs.data.tokenizer)
     checkpointer = Checkpointer(facts, engine, inputs.data.windows, reporter, files)
     return Trainer(facts, inputs.data, engine, checkpointer, reporter, stop)

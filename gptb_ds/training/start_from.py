@@ -13,13 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from gptb_ds.checkpoint.format import checkpoint_folders, has_manifest
 from gptb_ds.config import ConfigError
 from gptb_ds.loading import FLOATS, check_finite, one_line, quiet_loading, tensors_in
-from gptb_ds.model.modeling import GPTBLMHeadModel
+from gptb_ds.model.decoder import AnyGPTB
+from gptb_ds.model.decoder_configuration import GPTBDecoderConfig
 from gptb_ds.model.warm_start import warm_start
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def start_from(configuration: GPT2Config, path: str, report: Callable[[str], None]) -> GPTBLMHeadModel:
+def start_from(configuration: GPT2Config | GPTBDecoderConfig, path: str, report: Callable[[str], None]) -> AnyGPTB:
     """`warm_start` from a folder or a hub name. transformers draws what a file lacks at random and goes on; we don't.
 
     Raises ConfigError for what is there and can't be used, OSError when the hub can't be reached.

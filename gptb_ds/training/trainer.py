@@ -19,7 +19,7 @@ from gptb_ds.distributed.watchdog import progress_made
 from gptb_ds.distributed.world import AnyRank, World, derive_seed
 from gptb_ds.evaluation import HeldOut, LossSum, metrics_of
 from gptb_ds.generation import generate
-from gptb_ds.model.modeling import GPTBLMHeadModel
+from gptb_ds.model.decoder import AnyGPTB
 from gptb_ds.training.checkpointer import Checkpointer
 from gptb_ds.training.engine import Engine
 from gptb_ds.training.length_curriculum import is_due, note_growth
@@ -174,7 +174,7 @@ class Trainer:
         seed = derive_seed(self.facts.train.seed, "sample")
         with self.engine.evaluating():
             # The configuration refuses samples from another model.
-            tokens = generate(cast(GPTBLMHeadModel, self.engine.model), [], self.facts.run.sample_tokens, seed=seed)
+            tokens = generate(cast(AnyGPTB, self.engine.model), [], self.facts.run.sample_tokens, seed=seed)
         return str(self.data.tokenizer.decode([t for t in tokens if t != self.data.windows.corpus.eot_id]))
 
     def _flags(self) -> tuple[bool, bool]:

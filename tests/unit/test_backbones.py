@@ -38,7 +38,7 @@ def resets() -> torch.Tensor:
 def test_a_token_reaches_every_vector_of_the_state(family: str) -> None:
     model = small_decoder(family)
     check_backbone(model.transformer)
-    embeds = model.transformer._embed(random_ids(1, 1)).detach().requires_grad_()
+    embeds = model.transformer.embed(random_ids(1, 1)).detach().requires_grad_()
     state = model(inputs_embeds=embeds).past_hidden_states
     for slot in range(S - 1):
         (gradient,) = torch.autograd.grad(state[0, slot].pow(3).sum(), embeds, retain_graph=True)
@@ -79,7 +79,7 @@ def test_a_masked_token_leaves_the_state_as_it_was(family: str) -> None:
 def test_a_state_enters_the_blocks_as_it_is(family: str) -> None:
     """Gemma scales embeddings, and only those."""
     model = small_decoder(family).transformer
-    state, token = torch.randn(1, S - 1, E), model._embed(torch.tensor([[3]]))
+    state, token = torch.randn(1, S - 1, E), model.embed(torch.tensor([[3]]))
     layers: list[torch.Tensor] = []
     model.run_slots(torch.cat((state, token), 1), model.slot_context(model.initial_embeds), layers)
     torch.testing.assert_close(layers[0][:, :-1], state)

@@ -23,7 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"atomic_files", "config"},
     "distributed": {"exit_codes"},
     "checkpoint": {"atomic_files", "config", "distributed"},
-    "loading": {"baselines", "checkpoint", "config", "data", "distributed", "model"},
+    "model_choice": {"baselines", "config", "model"},
+    "loading": {"baselines", "checkpoint", "data", "distributed", "model", "model_choice"},
     "state_use": {"data", "distributed", "model"},
     "evaluation": {"config", "data", "distributed", "loading", "model", "state_use"},
     "text_stream": set(),
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lm_eval": {"data", "generation", "loading", "model", "prefix_tree"},
     "export": {"atomic_files", "baselines", "loading", "model"},
     "training": {"atomic_files", "checkpoint", "config", "data", "distributed", "exit_codes", "model"}
-    | {"evaluation", "generation", "loading"},
+    | {"evaluation", "generation", "loading", "model_choice"},
     "plot": {"state_use", "training"},
     "doctor": {"data"},
     "commands": {"checkpoint", "config", "data", "doctor", "evaluation", "export", "generation", "plot"}
