@@ -48,7 +48,7 @@ def read_backbone(path: str) -> PreTrainedConfig:
 def adapted_backbone(config: PreTrainedConfig, *, dropout: float, **values: object) -> PreTrainedConfig:
     """A copy with `values` and the dropout of ours; the type of weights is left to who builds the model."""
     own = copy.deepcopy(config)
-    own.dtype, own.auto_map = None, None
+    own.dtype = None
     for key in (key for key in _DROPOUTS if isinstance(getattr(own, key, None), int | float)):
         setattr(own, key, dropout)
     for key, value in values.items():
