@@ -12,9 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GPT2Config, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    GPT2Config,
+    PreTrainedConfig,
+)
 
-from .decoder import GPTBDecoderLMHeadModel, GPTBDecoderModel
+from .decoder import GPTBDecoderLMHeadModel, GPTBDecoderModel, decoder_class
 from .decoder_configuration import GPTBDecoderConfig
 
 # Of each of these the tests train a small one, and start from a small one that they have trained.
@@ -26,6 +34,10 @@ _DROPOUTS = (
 )
 
 
+class UnsuitableError(ValueError):
+    """What can't be a backbone, in one line with the reason."""
+
+
 def is_family(name: str) -> bool:
     """Whether transformers has models of this name."""
     return name in CONFIG_MAPPING
@@ -34,11 +46,11 @@ def is_family(name: str) -> bool:
 def read_backbone(path: str) -> PreTrainedConfig:
     """The decoder's configuration in a folder, or of a hub name. Raises ValueError for what is none."""
     if not Path(path).is_dir() and path.count("/") != 1:
-        raise ValueError(_no_such(path))
+        raise UnsuitableError(_no_such(path))
     try:
         found: PreTrainedConfig = AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers has classes of its own for what its checks refuse
-        raise ValueError(f"backbone {path}: no configuration of a decoder ({_one_line(error)})") from None
+        raise UnsuitableError(f"backbone {path}: no configuration of a decoder ({_one_line(error)})") from None
     found = found.backbone if isinstance(found, GPTBDecoderConfig) else found
     if not isinstance(found, GPT2Config):
         check_architecture(found, path)
@@ -66,20 +78,24 @@ def named_backbone(name: str, sizes: dict[str, int], *, dropout: float, **values
     Raises ValueError for a name that transformers does not know, or a family that can't be a backbone, or not so.
     """
     if not is_family(name):
-        raise ValueError(_no_such(name))
+        raise UnsuitableError(_no_such(name))
     kind: Any = CONFIG_MAPPING[name]
     usual = kind()
     check_architecture(usual, name)
     given = {"num_key_value_heads": sizes["num_attention_heads"]} | sizes
-    if "intermediate_size" not in given and getattr(usual, "intermediate_size", None):
-        ratio = usual.intermediate_size / usual.hidden_size
-        given["intermediate_size"] = 8 * max(1, round(ratio * given["hidden_size"] / 8))
     known = {field.name for field in dataclasses.fields(kind)} | kind.attribute_map.keys()
-    missing = sorted(sizes.keys() - known)
+    inner = "ffn_dim" if "ffn_dim" in known else "intermediate_size"  # OPT and those that follow it
+    if "intermediate_size" in sizes:
+        given[inner] = given.pop("intermediate_size")
+    elif getattr(usual, inner, None):
+        given[inner] = 8 * max(1, round(getattr(usual, inner) / usual.hidden_size * given["hidden_size"] / 8))
+    missing = sorted(key for key in given if key in {*sizes, inner} and key not in known)
     if "num_attention_heads" in missing:
-        raise ValueError(f"backbone {name}: it has no attention, so that nothing would pass back from the token's slot")
+        raise UnsuitableError(
+            f"backbone {name}: it has no attention, so that nothing would pass back from the token's slot"
+        )
     if missing:
-        raise ValueError(f"backbone {name}: it has no {', '.join(missing)}; leave that out, or give a folder")
+        raise UnsuitableError(f"backbone {name}: it has no {', '.join(missing)}; leave that out, or give a folder")
     if "head_dim" in known:
         given["head_dim"] = given["hidden_size"] // given["num_attention_heads"]
     dropouts = {key: dropout for key in _DROPOUTS if key in known}
@@ -89,7 +105,7 @@ def named_backbone(name: str, sizes: dict[str, int], *, dropout: float, **values
     try:
         found: PreTrainedConfig = kind(**{kind.attribute_map.get(key, key): value for key, value in wanted.items()})
     except Exception as error:  # transformers has classes of its own for what its checks refuse
-        raise ValueError(f"backbone {name}: {_one_line(error)}") from None
+        raise UnsuitableError(f"backbone {name}: {_one_line(error)}") from None
     return found
 
 
@@ -101,9 +117,15 @@ def build_decoder(config: GPTBDecoderConfig) -> GPTBDecoderLMHeadModel:
     name = config.backbone.model_type
     check_architecture(config.backbone, name)
     try:
+        with torch.device("meta"):  # without its weights: a family's usual number of experts may not fit in memory
+            drawn = AutoModel.from_config(config.backbone, attn_implementation="eager")
+            parameters = [name.lower() for name, _ in drawn.named_parameters()]
+        _check_parameters(parameters, name)
         model = GPTBDecoderLMHeadModel(config)
+    except UnsuitableError:
+        raise
     except Exception as error:  # a family's own mistakes with sizes that it was not written for
-        raise ValueError(f"backbone {name}: can't be built so ({_one_line(error)})") from None
+        raise UnsuitableError(f"backbone {name}: can't be built so ({_one_line(error)})") from None
     check_backbone(model.transformer)
     return model
 
@@ -116,10 +138,20 @@ def check_architecture(config: PreTrainedConfig, name: str) -> None:
     elif config.get_text_config() is not config:
         text = config.get_text_config().model_type
         reason = f"a model of several parts; its text decoder is {text}"
+    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING or "Encoder" in str(decoder_class(config)):
+        reason = "an encoder, which fills gaps and predicts no next token"
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         reason = "no language model of transformers"
     if reason:
-        raise ValueError(f"backbone {name}: {reason}; choose a decoder, such as {', '.join(TESTED[:4])}")
+        raise UnsuitableError(f"backbone {name}: {reason}; choose a decoder, such as {', '.join(TESTED[:4])}")
+
+
+def _check_parameters(names: list[str], name: str) -> None:
+    if any(word in parameter for parameter in names for word in ("expert", "router", "moe")):
+        raise UnsuitableError(
+            f"backbone {name}: a mixture of experts; its router needs a loss of its own to use them all, which the"
+            f" window's objective has not; choose a decoder, such as {', '.join(TESTED[:4])}"
+        )
 
 
 def check_backbone(model: GPTBDecoderModel) -> None:
@@ -129,22 +161,47 @@ def check_backbone(model: GPTBDecoderModel) -> None:
     says (attention that is causal, or looks at neighbours only, whatever the mask says, would keep tokens from the
     state), and take a state as it is.
 
-    Raises ValueError, in one line with the reason.
+    Raises `UnsuitableError`, in one line with the reason.
     """
     config: GPTBDecoderConfig = model.config
     slots, name = config.num_slots, config.backbone.model_type
     window = _sliding_window(config.backbone)
     if window is not None and window < slots:
-        raise ValueError(
+        raise UnsuitableError(
             f"backbone {name}: sliding_window {window} is below num_slots {slots}: slots would not all see each other;"
             " raise it or lower num_slots"
         )
     if config.preserve_decoder and not model.takes_positions:
-        raise ValueError(f"backbone {name}: it takes no positions, and so can't be preserved; set recent_tokens 0")
-    training = model.training
+        raise UnsuitableError(f"backbone {name}: it takes no positions, and so can't be preserved; set recent_tokens 0")
+    width = model.get_input_embeddings().weight.shape[-1]
+    if width != config.hidden_size:
+        raise UnsuitableError(
+            f"backbone {name}: its embeddings have {width} numbers, its blocks {config.hidden_size}; a state could not"
+            " stand beside a token"
+        )
+    x_SSE, layers, reach_SS = _reach(model, name)
+    mask_SS = model.slot_mask(model.initial_embeds)
+    hidden_SS = torch.zeros_like(reach_SS, dtype=torch.bool)
+    if mask_SS is not None:
+        hidden_SS = mask_SS <= torch.finfo(mask_SS.dtype).min
+    unseen, seen = (reach_SS <= 0) & ~hidden_SS, (reach_SS > 0) & hidden_SS
+    lost = ", so that tokens would not reach the state"
+    for wrong_SS, verb, effect in ((unseen, "does not see", lost), (seen, "sees", "")):
+        if wrong_SS.any():
+            looks, other = (int(i) for i in wrong_SS.nonzero()[0])
+            raise UnsuitableError(
+                f"backbone {name}: slot {looks} {verb} slot {other}, whatever the mask says{effect}; choose a decoder"
+                " with attention that follows its mask"
+            )
+    _check_scale(layers[0], x_SSE, name)
+
+
+def _reach(model: GPTBDecoderModel, name: str) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """One pass over the slots: what went in (S, S, E), the layers, and the gradient's norm by output and input slot."""
+    slots, training = model.config.num_slots, model.training
     # For each slot a set of slots of its own: output s of set s, followed back to all inputs of that set.
-    x_SSE = torch.randn((slots, slots, config.hidden_size), generator=torch.Generator().manual_seed(0)).to(model.device)
-    x_SSE = x_SSE.to(model.dtype).requires_grad_()
+    x_SSE = torch.randn((slots, slots, model.config.hidden_size), generator=torch.Generator().manual_seed(0))
+    x_SSE = x_SSE.to(model.device, model.dtype).requires_grad_()
     layers: list[torch.Tensor] = []
     try:
         y_SSE = model.eval().run_slots(x_SSE, model.slot_context(model.initial_embeds), layers)
@@ -152,23 +209,12 @@ def check_backbone(model: GPTBDecoderModel) -> None:
         direction_SE = torch.randn(own_SE.shape, generator=torch.Generator().manual_seed(1)).to(own_SE)
         (gradient_SSE,) = torch.autograd.grad((own_SE * direction_SE).sum(), x_SSE)
     except Exception as error:
-        raise ValueError(
+        raise UnsuitableError(
             f"backbone {name}: it does not run over embeddings with a mask among them ({_one_line(error)})"
         ) from None
     finally:
         model.train(training)
-    if not config.rebias:
-        return
-    reach_SS = gradient_SSE.norm(dim=-1)
-    if config.preserve_decoder:
-        reach_SS = reach_SS[: -model.recent_tokens - 1]  # the tokens' slots see what is before them only
-    if not (reach_SS > 0).all():
-        looks, seen = (int(i) for i in (reach_SS <= 0).nonzero()[0])
-        raise ValueError(
-            f"backbone {name}: slot {looks} does not see slot {seen}, whatever the mask says, so that tokens would not"
-            " reach the state; choose a decoder with attention that follows its mask"
-        )
-    _check_scale(layers[0], x_SSE, name)
+    return x_SSE, layers, gradient_SSE.norm(dim=-1)
 
 
 def _check_scale(first_SSE: torch.Tensor, x_SSE: torch.Tensor, name: str) -> None:
@@ -178,7 +224,7 @@ def _check_scale(first_SSE: torch.Tensor, x_SSE: torch.Tensor, name: str) -> Non
     factor = float(difference @ given / (given @ given))
     is_multiple = (difference - factor * given).norm() < 1e-3 * difference.norm()
     if is_multiple and abs(factor - 1) > 1e-2:
-        raise ValueError(
+        raise UnsuitableError(
             f"backbone {name}: it multiplies what it is given by {factor:.4g} before its first block, which is not"
             " known here; states would not enter as they are"
         )

@@ -149,7 +149,8 @@ def _attention_for(config: PreTrainedConfig) -> str:
 def _input_factor(backbone: PreTrainedModel) -> float:
     """What the decoder's forward multiplies given embeddings by, before its first block.
 
-    Gemma's embedding does it itself since transformers 5.?; before that, the forward did, whatever it was given.
+    Gemma's embedding does it itself since transformers 5.4 (GemmaTextScaledWordEmbedding in modeling_gemma.py); before
+    that, the forward did, whatever it was given.
     """
     config: Any = backbone.config
     if config.model_type in ("gemma", "gemma2") and not hasattr(backbone.get_input_embeddings(), "embed_scale"):

@@ -246,6 +246,11 @@ REFUSED = {
     "bailing_hybrid": "slot 0 does not see slot 1, whatever the mask says",
     "gemma3": "a model of several parts; its text decoder is gemma3_text",
     "vit": "no language model",
+    "bert": "an encoder, which fills gaps",
+    "bert-generation": "an encoder, which fills gaps",
+    "mixtral": "a mixture of experts",
+    "gpt_oss": "a mixture of experts",
+    "xlnet": "does not run over embeddings with a mask",
     "bloom": "does not run over embeddings with a mask",
 }
 
@@ -262,6 +267,16 @@ def test_what_can_not_be_a_backbone_is_refused_with_the_reason(name: str) -> Non
 def test_a_window_of_attention_smaller_than_the_slots_is_refused() -> None:
     with pytest.raises(ValueError, match="sliding_window 4 is below num_slots 6"):
         build_decoder(decoder_config("mistral", backbone={"sliding_window": 4}))
+
+
+def test_attention_that_sees_what_the_mask_hides_is_refused() -> None:
+    def sees_all(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **_: Any) -> tuple[Any, None]:
+        output = nn.functional.scaled_dot_product_attention(query, key, value)
+        return output.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("sees_all", sees_all)
+    with pytest.raises(ValueError, match="slot 0 sees slot 1, whatever the mask says"):
+        build_decoder(decoder_config("qwen2", attn_implementation="sees_all", rebias=False))
 
 
 def test_attention_that_ignores_the_mask_is_refused() -> None:
