@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -173,7 +173,7 @@ def check_backbone(model: GPTBDecoderModel) -> None:
         )
     if config.preserve_decoder and not model.takes_positions:
         raise UnsuitableError(f"backbone {name}: it takes no positions, and so can't be preserved; set recent_tokens 0")
-    width = model.get_input_embeddings().weight.shape[-1]
+    width = int(cast(torch.Tensor, model.get_input_embeddings().weight).shape[-1])
     if width != config.hidden_size:
         raise UnsuitableError(
             f"backbone {name}: its embeddings have {width} numbers, its blocks {config.hidden_size}; a state could not"
