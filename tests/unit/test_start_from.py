@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gptb_ds.config import Config, ConfigError
-from gptb_ds.loading import model_configuration
+from gptb_ds.model_choice import model_configuration
 from gptb_ds.training.start_from import start_from
 
 SHAPE = {"vocab_size": 30, "n_positions": 8, "n_layer": 1, "n_head": 2, "n_embd": 16}
