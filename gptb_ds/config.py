@@ -225,7 +225,10 @@ class TrainConfig(Group):
         description="a window's forward and backward pass as CUDA graphs (auto: where it can be, at ZeRO stages 0 to 2"
         " without dropout)",
     )
-    compile: bool = Field(False, description="compile the model step with torch.compile")
+    compile: Switch = Field(
+        "auto",
+        description="compile the model step with torch.compile (auto: in runs of ten minutes or more, as estimated)",
+    )
     seed: int = Field(0, ge=0, description="initialisation and dropout")
     max_bad_updates: int = Field(10, ge=1, description="stop after so many non-finite updates in a row")
 
@@ -412,7 +415,7 @@ class Config(Group):
             "model.recent_tokens": self.model.recent_tokens > 0,
             "model.carry": self.model.carry != "outputs",
             "model.rebias false": not self.model.rebias,
-            "train.compile": self.train.compile,
+            "train.compile": self.train.compile == "on",
             "train.recompute_every": self.train.recompute_every > 0,
             "run.sample_every": self.run.sample_every > 0,
         }

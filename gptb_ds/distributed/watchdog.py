@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,6 +35,27 @@ def progress_made(stage: str) -> None:
     the start has to hand a watchdog on. A process has at most one, because it ends the process.
     """
     _Progress.stage, _Progress.count = stage, _Progress.count + 1
+
+
+@contextmanager
+def long_work(stage: str, limit: float = 3600.0) -> Iterator[None]:
+    """Inside, `stage` counts as progress for `limit` seconds: for what can't say so itself, such as a compiler."""
+    ended = threading.Event()
+
+    def renew() -> None:
+        for _ in range(int(limit)):
+            if ended.wait(1.0):
+                return
+            progress_made(stage)
+
+    thread = threading.Thread(target=renew, name=stage, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        progress_made(stage)
 
 
 class Watchdog:

@@ -9,7 +9,7 @@ Axes: R rows (lanes x slots) of some columns, I inputs, O outputs of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias, TypeGuard
 
@@ -166,6 +166,24 @@ class _Use(torch.autograd.Function):
         return None, None
 
 
+class _UseAll(torch.autograd.Function):
+    """As `_Use`, for many parameters at once."""
+
+    @staticmethod
+    def forward(ctx: Context, totals: list[_Sum], *tickets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.totals = totals
+        return tuple(total.parameter.detach() for total in totals)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, *gradients: torch.Tensor | None) -> tuple[None, ...]:
+        for total, gradient in zip(ctx.totals, gradients, strict=True):
+            if gradient is not None:
+                total.add(gradient)
+        return (None,) * (1 + len(gradients))
+
+
 class Fp32GradientSums(TorchFunctionMode):
     """Inside `with`, the gradients of every parameter's uses in the operations below are summed in float32.
 
@@ -201,6 +219,13 @@ class Fp32GradientSums(TorchFunctionMode):
             table = self._sum(args[1])
             return _Embedding.apply(args[0], self._tickets[id(args[1])], table)
         return func(*map(self._use, args), **{name: self._use(value) for name, value in kwargs.items()})
+
+    def uses(self, parameters: Sequence[nn.Parameter]) -> tuple[torch.Tensor, ...]:
+        """One use of each parameter, in operations that this object does not see."""
+        totals = [self._sum(parameter) for parameter in parameters]
+        tickets = [self._tickets[id(parameter)] for parameter in parameters]
+        uses: tuple[torch.Tensor, ...] = _UseAll.apply(totals, *tickets)
+        return uses
 
     def _affine(self, x: torch.Tensor, weight: nn.Parameter, bias: nn.Parameter | None, turned: bool) -> torch.Tensor:
         matrix, vector = self._sum(weight), None if bias is None else self._sum(bias)

@@ -6,8 +6,7 @@ slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
 from .cache import GPTBCache
+from .compiled_step import CompiledStep
 from .gradient_sums import Fp32GradientSums, recomputed_in
 from .input_checks import check_inputs, read_mask, state_of
 from .outputs import GPTBModelOutput
@@ -50,7 +50,7 @@ class SlotRecurrence(nn.Module):
     config: Any
     initial_embeds: nn.Parameter
     state_gate: nn.Parameter
-    _compiled_step: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    _compiled_step: CompiledStep | None = None
 
     # What a backbone supplies
 
@@ -216,6 +216,8 @@ class SlotRecurrence(nn.Module):
         if sums is not None:  # each column takes a copy in the weights' type: their gradients meet here, in float32
             initial_SE, context = _widened(initial_SE), tuple(map(_widened, context))
         state_BSE = initial_SE.expand(lanes, -1, -1) if state_BSE is None else state_BSE.to(like_E)
+        if self._compiled_step is not None and torch.is_grad_enabled() and not with_layers:
+            state_BSE = self._compiled_step.enter(state_BSE, self._carries_view and mask_KB is None)
         recomputed = bool(recompute_every) and torch.is_grad_enabled() and recompute_every < steps
         chunk = recompute_every if recomputed else (steps if torch.is_grad_enabled() else READ_CHUNK)
         resets, masks = _columns(reset_KB, steps), _columns(mask_KB, steps)
@@ -225,7 +227,7 @@ class SlotRecurrence(nn.Module):
         start = 0
         for tokens in self._token_chunks(ids_KB, embeds_KBE, chunk):
             part = slice(start, start + len(tokens))
-            columns = tokens, resets[part], masks[part], states[-1], initial_SE, context
+            columns = tokens, resets[part], masks[part], states[-1], initial_SE, context, sums
             if recomputed and not with_layers:
                 *outputs, state_BSE = checkpoint(
                     self._steps,
@@ -269,7 +271,7 @@ class SlotRecurrence(nn.Module):
 
     def compile_step(self, **kwargs: Any) -> None:
         """Compiles one step with `torch.compile(**kwargs)`: compiled once, called for every column."""
-        self._compiled_step = torch.compile(type(self)._step, **kwargs)
+        self._compiled_step = CompiledStep(type(self)._step, **kwargs)
 
     def _steps(
         self,
@@ -279,19 +281,20 @@ class SlotRecurrence(nn.Module):
         state_BSE: torch.Tensor,
         initial_SE: torch.Tensor,
         context: Shared,
+        sums: Fp32GradientSums | None = None,
         states: list[torch.Tensor] | None = None,
         layers: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """The last slot's outputs (B, 1, E) of each column, and the state after them. Adds to `states`, `layers`."""
-        compiled = self._compiled_step is not None and layers is None
-        step = self._compiled_step if compiled and self._compiled_step else type(self)._step
-        extra = () if layers is None else (layers,)
+        compiled = self._compiled_step if layers is None else None
         outputs = []
         for token_B1E, reset_B11, mask_B11 in zip(tokens, resets, masks, strict=True):
             shared = (_narrowed(initial_SE, token_B1E), tuple(_narrowed(x, token_B1E) for x in context))
-            # Without `Fp32GradientSums`: its bookkeeping in backward is no part of a graph that can be compiled.
-            with torch._C.DisableTorchFunction() if compiled else nullcontext():
-                hidden_B1E, state_BSE = step(self, token_B1E, reset_B11, mask_B11, state_BSE, *shared, *extra)
+            columns = token_B1E, reset_B11, mask_B11, state_BSE
+            if compiled is not None:
+                hidden_B1E, state_BSE = compiled(self, sums, *columns, *shared)
+            else:
+                hidden_B1E, state_BSE = self._step(*columns, *shared, layers)
             outputs.append(hidden_B1E)
             if states is not None:
                 states.append(state_BSE)
@@ -340,6 +343,11 @@ class SlotRecurrence(nn.Module):
         if not recent:
             return carried_BNE
         return torch.cat((carried_BNE, state_BSE[:, kept + 1 :], token_B1E), dim=1)
+
+    @property
+    def _carries_view(self) -> bool:
+        """Whether `next_state` hands on the first S-1 outputs as they lie, without a copy."""
+        return not self.recent_tokens and getattr(self.config, "carry", "outputs") == "outputs"
 
     def slot_mask(self, like_E: torch.Tensor) -> torch.Tensor | None:
         """What is added to the attention scores, (S, S) with a row for each slot that looks; None = nothing.

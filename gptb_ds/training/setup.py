@@ -26,10 +26,12 @@ from gptb_ds.distributed.join import JoinError, join, leave
 from gptb_ds.distributed.watchdog import Watchdog, progress_made
 from gptb_ds.distributed.world import World, is_shared
 from gptb_ds.exit_codes import DONE, FAULT, STOPPED, USAGE
-from gptb_ds.model.decoder import AnyGPTB
+from gptb_ds.model.modeling import RecurrentLM
 from gptb_ds.model.objective import WindowObjective
 from gptb_ds.model_choice import with_backbone
 from gptb_ds.training.checkpointer import Checkpointer
+from gptb_ds.training.compilation import compile_step, obstacle, with_compilation
+from gptb_ds.training.deepspeed_policy import zero_stage
 from gptb_ds.training.engine import Engine
 from gptb_ds.training.inputs import Inputs, read_inputs
 from gptb_ds.training.metrics import read_metrics
@@ -108,6 +110,7 @@ def _set_up(config: Config, world: World, stop: StopRequests, started: float) ->
     # 1. Read and check.
     config = world.on_rank0(with_backbone, config)
     config = world.on_rank0(with_precision, config, world.device)
+    config = world.on_rank0(with_compilation, config, world.device)
     in_tf32 = allow_tf32(world.device, config.train.precision)
     inputs = world.on_all_ranks(read_inputs, config, world)
     progress_made("reading the inputs")
@@ -194,6 +197,13 @@ def _read_if_there(metrics: Path) -> bool:
 def _build(config: Config, inputs: Inputs, world: World, reporter: Reporter, stop: StopRequests) -> Trainer:
     """The fourth stage: the engine and what trains with it."""
     facts = inputs.facts
+    if facts.train.compile == "on":
+        hindered = obstacle(zero_stage(inputs.policy))
+        if hindered is None:
+            # The configuration refuses it for another model.
+            compile_step(cast(RecurrentLM, inputs.model), reporter.say)
+        else:
+            reporter.say(f"train.compile on: the step is not compiled: {hindered}")
     engine = Engine(
         WindowObjective(inputs.model, facts.train.recompute_every, count_right=facts.is_task),
         world,
@@ -206,8 +216,6 @@ def _build(config: Config, inputs: Inputs, world: World, reporter: Reporter, sto
         graph=facts.train.graph,
         say=reporter.say,
     )
-    if facts.train.compile:
-        cast(AnyGPTB, inputs.model).compile_step()  # the configuration refuses it for another model
     files = model_files(cast(PreTrainedModel, inputs.model), inputs.data.tokenizer)
     checkpointer = Checkpointer(facts, engine, inputs.data.windows, reporter, files)
     return Trainer(facts, inputs.data, engine, checkpointer, reporter, stop)

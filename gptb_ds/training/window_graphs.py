@@ -79,6 +79,7 @@ class WindowGraphs:
         """Before DeepSpeed puts its hooks on `objective`. Afterwards set `objective.replacement` to this object.
 
         `say` takes a line for a person, when a window cannot be captured; `bounded`: one of too many launches is not.
+        `replays` counts the windows that were replayed.
         """
         self._say, self._bounded = say, bounded
         self._objective = objective
@@ -87,6 +88,7 @@ class WindowGraphs:
         self._captured: dict[tuple[object, ...], _Captured] = {}
         self._pool: Any = None
         self._given_up = False
+        self.replays = 0
 
     def __call__(
         self,
@@ -106,6 +108,7 @@ class WindowGraphs:
         if shape not in self._captured and not self._capture(shape, given):
             return None
         captured = self._captured[shape]
+        self.replays += 1
         for place, tensor in zip(captured.inputs, given, strict=True):
             place.copy_(tensor, non_blocking=True)
         loss, new_state_BSE = _Replay.apply(captured, *_trained(self._objective))  # type: ignore[no-untyped-call]

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import transformers
 
-from tests.gpu import numerics, speed, training
+from tests.gpu import numerics, speed, trained, training
 from tests.gpu.common import GPU, STARTED
 
-# The graph comes last: a capture that breaks off leaves the process unfit for more.
+# Graphs come last: a capture that breaks off leaves the process unfit for more.
 SECTIONS = [
     numerics.agreement,
     training.no_waits,
@@ -30,7 +30,10 @@ SECTIONS = [
     speed.speed,
     speed.generation,
     numerics.long_windows,
+    trained.kernels,
     speed.graph,
+    trained.captured,
+    trained.trained_speed,
 ]
 
 

@@ -97,17 +97,23 @@ def traffic() -> dict[str, Any]:
 _worlds: list[World] = []
 
 
-def _engine(stage: int, precision: str) -> tuple[Callable[[], None], list[float | None]]:
-    """An update of a new engine, and the losses that it leaves; the ranks join once."""
+def world() -> World:
+    """This process as the one rank of a job, which it joins once."""
     from gptb_ds.distributed.join import join
-    from gptb_ds.training.deepspeed_policy import with_defaults
-    from gptb_ds.training.engine import Engine
 
     if not _worlds:
         _worlds.append(join(120))
+    return _worlds[0]
+
+
+def _engine(stage: int, precision: str) -> tuple[Callable[[], None], list[float | None]]:
+    """An update of a new engine, and the losses that it leaves."""
+    from gptb_ds.training.deepspeed_policy import with_defaults
+    from gptb_ds.training.engine import Engine
+
     trained = Engine(
         WindowObjective(small_model(), 3),
-        _worlds[0],
+        world(),
         lanes=16,
         lane_groups=2,
         precision=precision,

@@ -22,7 +22,9 @@ V, S, E, B = 37, 6, 32, 8
 WITHOUT_GRADIENT = "c_attn.bias"
 
 
-def gradients(dtype: torch.dtype, steps: int, fp32_sums: bool | None, recompute: int = 0, **config) -> dict:
+def gradients(
+    dtype: torch.dtype, steps: int, fp32_sums: bool | None, recompute: int = 0, compiled: bool = False, **config
+) -> dict:
     """Of the mean loss over one window, by name; weights are numbers that bfloat16 has."""
     torch.manual_seed(0)
     model = GPTBLMHeadModel(
@@ -32,6 +34,8 @@ def gradients(dtype: torch.dtype, steps: int, fp32_sums: bool | None, recompute:
     generator = torch.Generator().manual_seed(1)
     ids, targets = torch.randint(V, (2, steps, B), generator=generator)
     reset = torch.rand((steps, B), generator=generator) < 0.1
+    if compiled:
+        model.compile_step(backend="aot_eager")
     objective = WindowObjective(model, recompute, fp32_sums)
     loss, _ = objective(ids, targets, reset, torch.zeros((B, S - 1, E), dtype=dtype))
     (loss / (steps * B)).backward()

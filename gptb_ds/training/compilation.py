@@ -1,0 +1,91 @@
+"""Whether a run's step is compiled (`train.compile`), and what is said and done while it is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from gptb_ds.config import Config
+from gptb_ds.distributed.watchdog import long_work
+from gptb_ds.model.modeling import RecurrentLM
+from gptb_ds.training.flops import peak_flops
+
+# A compilation takes 10 to 60 s, and makes a step faster by 10 to 30%: shorter runs are over sooner without.
+WORTH_SECONDS = 600.0
+# What a run reaches of the rate of large products, roughly: its length is estimated with it.
+_SHARE_OF_RATE = 0.4
+
+
+def with_compilation(config: Config, device: torch.device) -> Config:
+    """`config` with "on" or "off" in the place of `train.compile auto`.
+
+    A run that has one keeps it: the other would round differently. "auto" is on for runs that are estimated to take
+    `WORTH_SECONDS` or longer.
+    """
+    if config.train.compile != "auto":
+        return config
+    chosen = None if config.run.resume == "never" else _chosen_before(Path(config.run.dir) / "config.yaml")
+    if chosen is None:
+        worth = config.model.kind == "gptb" and estimated_seconds(config, device) >= WORTH_SECONDS
+        chosen = "on" if worth else "off"
+    return config.model_copy(update={"train": config.train.model_copy(update={"compile": chosen})})
+
+
+def obstacle(stage: int) -> str | None:
+    """Why no step can be compiled here at this ZeRO stage, or None."""
+    if stage == 3:
+        return "at ZeRO stage 3 hooks gather the weights, and can't be compiled"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "c++", "clang++")):
+        return "there is no C++ compiler (Debian package: g++)"
+    return None
+
+
+def compile_step(model: RecurrentLM, say: Callable[[str], None]) -> None:
+    """Compiles the model's step when it is first needed: with a line, the watchdog kept quiet, and cached on disk.
+
+    Should that fail, the line says so, and the step runs as it is.
+    """
+
+    def compiled(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        say("compiling the step, for up to a minute or two (later runs find it in torch's cache)")
+        began = time.monotonic()
+        try:
+            with long_work("compiling the step"):
+                made = compile_fx(graph, inputs)
+        except Exception as error:  # whatever a compiler does: training goes on without
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            say(f"the step can't be compiled, training goes on without: {reason}")
+            return graph.forward
+        say(f"the step is compiled, after {time.monotonic() - began:.0f} s")
+        return made
+
+    model.compile_step(backend=compiled)
+
+
+def estimated_seconds(config: Config, device: torch.device) -> float:
+    """How long the run's products take, roughly, at the rate that this device has now."""
+    model, train, data = config.model, config.train, config.data
+    blocks = 12 * model.n_layer * model.n_embd**2
+    tokens = train.tokens or train.updates * data.lanes * data.window / max(n for n, _ in train.batch_phases())
+    flops = 6.0 * blocks * model.num_slots * tokens * (4 / 3 if train.recompute_every else 1)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    rate, _ = peak_flops(device, train.precision, 1024, model.n_embd)
+    return flops / ranks / (rate * _SHARE_OF_RATE)
+
+
+def _chosen_before(file: Path) -> str | None:
+    try:
+        values = yaml.safe_load(file.read_text())
+        chosen = values["train"]["compile"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    return {True: "on", False: "off"}.get(chosen, chosen if chosen in ("on", "off") else None)
