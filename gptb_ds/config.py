@@ -333,6 +333,9 @@ class RunConfig(Group):
     sample_tokens: int = Field(200, ge=1, description="tokens of a sample")
     max_seconds: float | None = Field(None, gt=0, description="stop with a checkpoint and exit code 85 after so long")
     hang_seconds: float = Field(600, gt=0, description="end the job when nothing moves for so long")
+    lost_seconds: float = Field(
+        30, gt=0, description="end the job when a rank or its host gives no sign of life for so long"
+    )
     stop_margin: float = Field(120, ge=0, description="seconds before the end of a Slurm job at which to stop")
     on_save_error: Literal["stop", "continue"] = Field("stop", description="when a checkpoint cannot be written")
     monitor: list[Literal["tensorboard", "csv", "wandb"]] = Field([], description="metric sinks beside metrics.jsonl")

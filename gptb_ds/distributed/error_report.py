@@ -7,6 +7,7 @@ import traceback
 
 import torch.distributed as dist
 
+from gptb_ds.distributed.heartbeat import claim_loss, lost_contact
 from gptb_ds.distributed.world import World
 
 # What torch's backends say when the other side of a connection is gone.
@@ -16,10 +17,18 @@ _ECHOES = (
 )
 
 
+# A backend may raise before the heartbeats have told whose connection that was.
+_PATIENCE = 5.0
+
+
 def report_error(error: BaseException, world: World) -> None:
     """Prints a fault on standard error: its traceback, or one line when another rank's end caused it."""
     me = f"[rank {world.rank} on {world.host}]" if world.size > 1 else "gptb-ds train:"
     if world.size > 1 and _is_echo(error):
+        loss = claim_loss(_PATIENCE)
+        if loss is not None:
+            print(lost_contact(world, loss), file=sys.stderr, flush=True)
+            return
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         text = f"{me} lost contact with another rank, stopping ({first[:200]})"
     else:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from gptb_ds.distributed.heartbeat import Heartbeat
 from gptb_ds.distributed.world import World
 from gptb_ds.exit_codes import HUNG
 
@@ -69,10 +70,12 @@ class Watchdog:
     Only time in which the watchdog itself ran counts; in a pause it doesn't run either.
     """
 
-    def __init__(self, world: World, limit: float, meeting_seconds: float = 10.0) -> None:
-        """`limit` in seconds; every rank must build one, at the same place."""
+    def __init__(self, world: World, limit: float, meeting_seconds: float = 10.0, lost_seconds: float = 30.0) -> None:
+        """`limit` in seconds; every rank must build one, at the same place. `lost_seconds`: see `Heartbeat`."""
         self._world, self._limit, self._meeting = world, limit, timedelta(seconds=meeting_seconds)
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._lost_seconds = lost_seconds
+        self._heartbeat: Heartbeat | None = None
         self._main = threading.main_thread().ident
         self._ended, self._ending = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -81,9 +84,10 @@ class Watchdog:
         """From here on it alone decides that the job hangs: collectives wait as long as it takes.
 
         With the time-out that they were made with, which counts pauses too, a rank that waits in one when the job is
-        paused would raise when it is continued.
+        paused would raise when it is continued. Every rank starts its own, at the same place.
         """
         if self._world.size > 1:
+            self._heartbeat = Heartbeat(self._world, self._lost_seconds)
             for group in (None, self._world.control):
                 dist.distributed_c10d._set_pg_timeout(_FOR_EVER, group)
         progress_made("start")
@@ -97,6 +101,8 @@ class Watchdog:
         """
         self._ended.set()
         self._thread.join()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
 
     def _watch(self) -> None:
         tick, waited, seen, before = min(1.0, self._limit / 4), 0.0, _Progress.count, time.monotonic()
@@ -111,6 +117,8 @@ class Watchdog:
 
     def _end(self) -> None:
         self._ending.set()
+        if self._heartbeat is not None:
+            self._heartbeat.hush()  # others that end for the same reason are no news
         me = f"[rank {self._world.rank} on {self._world.host}]"
         print(
             f"{me} no progress for {self._limit:.0f} s since {_Progress.stage}; waiting at {self._place()}",

@@ -22,6 +22,7 @@ from gptb_ds.checkpoint.resume import choose_checkpoint, is_own
 from gptb_ds.checkpoint.writer import SaveError
 from gptb_ds.config import Config, ConfigError, save_config
 from gptb_ds.distributed.error_report import report_error
+from gptb_ds.distributed.heartbeat import take_leave
 from gptb_ds.distributed.join import JoinError, join, leave
 from gptb_ds.distributed.watchdog import Watchdog, progress_made
 from gptb_ds.distributed.world import World, is_shared
@@ -69,13 +70,15 @@ def train(config: Config, stop: StopRequests) -> int:
                 print(f"gptb-ds train: {error}", file=sys.stderr)
             _end(USAGE)
         try:
-            watchdog = Watchdog(world, config.run.hang_seconds).start()
+            watchdog = Watchdog(world, config.run.hang_seconds, lost_seconds=config.run.lost_seconds).start()
             trainer, folder = _set_up(config, world, stop, started)
         except (ValueError, OSError) as error:
             if world.size == 1 and isinstance(error, ValueError):
                 raise
             if world.rank == 0 or not is_shared(error):
                 _speak(error, world)
+            if is_shared(error):  # whoever comes here last must not take the first to end for a loss
+                take_leave()
             _end(USAGE if isinstance(error, ValueError) else FAULT)
         except BaseException as error:
             report_error(error, world)
@@ -94,6 +97,7 @@ def train(config: Config, stop: StopRequests) -> int:
         except (TrainingError, SaveError) as error:
             if world.rank == 0:  # all ranks raise these
                 _speak(error, world)
+            take_leave()
         except torch.OutOfMemoryError as error:
             # On this rank alone: the others lose contact, and say so.
             _speak(torch.OutOfMemoryError(out_of_memory(error, trainer.facts, world.size)), world)

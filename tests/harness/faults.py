@@ -46,6 +46,42 @@ def _raises_in_update(kind: type[Exception], number: int, rank: int) -> None:
     Engine.update = failing
 
 
+def waits_in_update(number: int) -> Callable[[int], None]:
+    """Every rank is in a call that never ends from this update on, as in a collective of NCCL whose peer is gone."""
+    return functools.partial(_before_update, number, _waits_for_ever)
+
+
+def slow_in_update(number: int, seconds: float) -> Callable[[int], None]:
+    """This update of rank 1 takes so long: it sleeps, and it computes in Python."""
+    return functools.partial(_before_update, number, functools.partial(_is_slow, seconds))
+
+
+def _before_update(number: int, action: Callable[[int], None], rank: int) -> None:
+    from gptb_ds.training.engine import Engine
+
+    update, calls = Engine.update, []
+
+    def later(self, *call):
+        calls.append(1)
+        if len(calls) == number:
+            action(rank)
+        return update(self, *call)
+
+    Engine.update = later
+
+
+def _waits_for_ever(rank: int) -> None:
+    time.sleep(1_000_000)
+
+
+def _is_slow(seconds: float, rank: int) -> None:
+    if rank == 1:
+        time.sleep(seconds / 2)
+        end = time.monotonic() + seconds / 2
+        while time.monotonic() < end:
+            sum(range(1000))
+
+
 def infinite_losses(rank: int) -> None:
     """The loss of rank 0 is infinite in updates 5 and 6, its gradients are not."""
     from gptb_ds.model.objective import WindowObjective

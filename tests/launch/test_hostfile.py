@@ -66,3 +66,20 @@ def test_pulled_cable_ends_the_job_and_plugged_in_again_it_goes_on(
     assert finish(command, run, log, env) == 0, log.read_text()
     assert f"resuming from {run.dir}/checkpoints/step-{saved:08d}" in log.read_text()
     assert run.lines() == plain.lines()
+
+
+def test_a_host_that_is_cut_off_is_named_by_the_other(
+    hosts: TwoHosts, command: list[str], env: dict[str, str], store: Path, tmp_path: Path
+) -> None:
+    """By the heartbeats: no time-out of a backend and no watchdog comes before them."""
+    run, log = TinyRun(tmp_path, store, updates=100_000, hang_seconds=10_000, lost_seconds=8), tmp_path / "log"
+    with started(command, run, log, env):
+        run.wait_for_update(3, log.read_text)
+        ranks = run.ranks()
+        hosts.cable(plugged=False)
+        try:
+            wait_until(lambda: not alive(ranks), "the end of the ranks of both hosts", log.read_text)
+        finally:
+            hosts.cable(plugged=True)
+    lost = "[rank 0 on host-0] lost contact with another rank, stopping: rank 1 on host-1 does not answer"
+    assert f"{lost}: its host is gone or cut off" in log.read_text()

@@ -20,7 +20,7 @@ from tests.harness.training import Job, metrics, start, wait_for_lines
 def test_a_pause_longer_than_hang_seconds_ends_nothing(store: Path, tmp_path: Path):
     """A run of one rank and one of two, paused at the same time."""
     runs = {ranks: tmp_path / f"run-{ranks}" for ranks in (1, 2)}
-    over = {"train__updates": 100_000, "run__save_every": 0, "run__hang_seconds": HANG_SECONDS}
+    over = {"train__updates": 100_000, "run__save_every": 0, "run__hang_seconds": HANG_SECONDS, "run__lost_seconds": 6}
     jobs = {ranks: start(run, store, ranks=ranks, **over) for ranks, run in runs.items()}
     for ranks, job in jobs.items():
         wait_for_lines(runs[ranks], 3, job)
@@ -32,7 +32,7 @@ def test_a_pause_longer_than_hang_seconds_ends_nothing(store: Path, tmp_path: Pa
         wait_for_lines(runs[ranks], before[ranks] + 20, job)
         job.signal(signal.SIGTERM, 0)
         assert job.wait() == [85] * ranks, job.text()
-        assert "no progress" not in job.text()
+        assert "no progress" not in job.text() and "lost contact" not in job.text()
 
 
 def to_all(jobs: dict[int, Job], number: signal.Signals) -> None:
