@@ -21,7 +21,5 @@ workers=${GPTB_DS_TEST_WORKERS:-$((cores < 4 ? cores : 4))}
 if [ "${1:--m}" != -m ]; then
     exec python -m pytest "$@"
 fi
-# By file: what the tests of a file share is made once.
-python -m pytest -n "$workers" --dist loadfile --ignore=tests/launch "$@"
-# One after the other: launchers meet at DeepSpeed's port 29500. Exit code 5: none of them is quick.
-python -m pytest tests/launch "$@" || [ $? = 5 ]
+# By file: what the tests of a file share is made once. Launchers first: those files take longest.
+exec python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder tests/launch tests "$@"

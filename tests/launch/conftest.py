@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.launched import TinyRun, finish
+from tests.harness.processes import free_port
 
 from . import slurm_cluster, two_hosts
 
@@ -26,13 +27,18 @@ def require(missing: list[str], packages: str) -> None:
 
 @pytest.fixture(scope="session")
 def plain(store: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """A run on two ranks that nothing disturbed, started by the bare deepspeed command."""
+    """A run on two ranks that nothing disturbed, started by the bare deepspeed command.
+
+    Its port is given: the launcher's own, 29500, is everybody's who runs tests beside this one.
+    """
     folder = tmp_path_factory.mktemp("plain")
     run = TinyRun(folder, store)
     command = [
         str(Path(sys.executable).parent / "deepspeed"),
         "--num_accelerators",
         "2",
+        "--master_port",
+        str(free_port()),
         "--module",
         "gptb_ds",
         "train",

@@ -18,10 +18,10 @@ ONE_NODE = ["bash", str(LAUNCH / "one_node.sh")]
 def test_killed_launchers_change_nothing(store: Path, tmp_path: Path) -> None:
     """The runner, and the process that it starts the ranks with, killed at random; the same command each time."""
     chooser = random.Random(7)
-    straight = TinyRun(tmp_path / "straight", store, updates=500, save_every=10)
+    straight = TinyRun(tmp_path / "straight", store, updates=300, save_every=20)
     log = tmp_path / "log"
     assert finish(ONE_NODE, straight, log, {"N": "2"}) == 0, log.read_text()
-    run = TinyRun(tmp_path / "killed", store, updates=500, save_every=10)
+    run = TinyRun(tmp_path / "killed", store, updates=300, save_every=20)
     for kill in range(2):
         with started(ONE_NODE, run, log, {"N": "2"}) as process:
             run.wait_for_update(run.update() + 1, log.read_text)
