@@ -323,6 +323,15 @@ class RunConfig(Group):
         "same", description="switch: a checkpoint of another optimizer is taken, and moments start anew"
     )
     save_every: int = Field(500, ge=0, description="updates between checkpoints (0 = only at the end)")
+    snapshot_every: int = Field(
+        0,
+        ge=0,
+        description="updates between snapshots in memory, which training goes back to when the loss jumps (0 = none)",
+    )
+    jump_deviations: float = Field(
+        6.0, gt=0, description="standard deviations above its average at which a window's loss has jumped"
+    )
+    max_rewinds: int = Field(10, ge=0, description="how often training goes back; later jumps are reported only")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     log_every: int = Field(10, ge=1, description="updates between progress lines")
     eval_every: int = Field(

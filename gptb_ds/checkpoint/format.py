@@ -32,7 +32,7 @@ from gptb_ds.distributed.world import World
 
 FORMAT = 3
 # One of a run's counters, as JSON has it.
-Counter: TypeAlias = int | float | bool | list[int] | None
+Counter: TypeAlias = int | float | bool | list[int] | list[list[int]] | None
 # Versions of this package that read an older format.
 _READ_BY = {1: "gptb-ds 0.1", 2: "gptb-ds 0.1"}
 MANIFEST, MANIFEST_COPY = "manifest.json", "manifest-copy.json"

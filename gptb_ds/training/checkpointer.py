@@ -99,7 +99,7 @@ class Checkpointer:
         )
         self._engine.fp32_state.load_scaler_state(reader.manifest.scaler)
         if random_state is not None:
-            _set_random_state(random_state, self._world.device)
+            set_random_state(random_state, self._world.device)
         else:
             seed = self._facts.train.seed
             torch.manual_seed(derive_seed(seed, "dropout", state.update, self._world.rank, self._world.size))
@@ -167,7 +167,7 @@ class Checkpointer:
             self._world.on_rank0(self._reporter.sync)
         except OSError as error:
             raise SaveError(f"no checkpoint after update {manifest.step}: {error}") from None
-        self._writer.begin(manifest, parameters, lanes, _random_state(self._world.device))
+        self._writer.begin(manifest, parameters, lanes, random_state(self._world.device))
 
     def _or_go_on(self, save: Callable[[], object]) -> bool:
         """Runs a part of saving; when it fails, stops or goes on as `run.on_save_error` says."""
@@ -181,14 +181,16 @@ class Checkpointer:
         return True
 
 
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Where torch's own random streams of this process stand."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Goes on where `random_state` stood."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -34,6 +34,8 @@ from gptb_ds.distributed.watchdog import progress_made
 from gptb_ds.training.muon import MOMENTUM, MuonWithAdamW, Piece
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+# A tensor that the base optimizer steps on this rank ("weight") and what the optimizer knows of it, on the CPU.
+OwnPart = dict[str, torch.Tensor | int]
 
 
 class DeepSpeedChangedError(ConfigError):
@@ -52,6 +54,7 @@ class Internal:
 
 
 _MASTERS = "the fp32 weights cannot be saved"
+_NO_WAY_BACK = "training cannot go back to a snapshot"
 # By ZeRO stage: what is read from the wrapper around the optimizer. Stage 0 has one in bf16 and fp16.
 _INTERNALS: dict[int, tuple[Internal, ...]] = {
     0: (
@@ -84,8 +87,21 @@ _INTERNALS: dict[int, tuple[Internal, ...]] = {
             "DeepSpeedZeroOptimizer, runtime/zero/stage_1_and_2.py:370",
             "it is not known where a parameter lies in the flat pieces",
         ),
+        Internal(
+            "update_lp_params",
+            "DeepSpeedZeroOptimizer, runtime/zero/stage_1_and_2.py:3172",
+            _NO_WAY_BACK,
+        ),
     ),
     3: (
+        *(
+            Internal(name, f"DeepSpeedZeroOptimizer_Stage3, runtime/zero/stage3.py:{line}", _NO_WAY_BACK)
+            for name, line in (
+                ("checkpoint_event_prologue", 3844),
+                ("checkpoint_event_epilogue", 3847),
+                ("_reassign_or_swap_out_partitioned_parameters", 2854),
+            )
+        ),
         Internal(
             "fp32_partitioned_groups_flat",
             "DeepSpeedZeroOptimizer_Stage3, runtime/zero/stage3.py:416",
@@ -296,6 +312,26 @@ class Fp32State:
                 progress_made(f"loading {kind} of {name}")
         self.set_adam_count(adam_count)
 
+    def own_part(self) -> list[OwnPart]:
+        """A copy of what lies on this rank, moments and count of steps included. No rank waits for another."""
+        self._ensure_moments()
+        return [
+            {kind: _copied(value) for kind, value in ({"weight": tensor} | self._base.state[tensor]).items()}
+            for tensor in self._stepped_tensors()
+        ]
+
+    @torch.no_grad()
+    def set_own_part(self, parts: Sequence[OwnPart]) -> None:
+        """Goes back to what `own_part` gave. Every rank must call it: the working weights are gathered anew."""
+        for tensor, part in zip(self._stepped_tensors(), parts, strict=True):
+            for kind, value in part.items():
+                held = tensor if kind == "weight" else self._base.state[tensor][kind]
+                if isinstance(held, torch.Tensor):
+                    held.data.copy_(torch.as_tensor(value))
+                else:
+                    self._base.state[tensor][kind] = value
+        self._refresh_working_weights()
+
     def set_adam_count(self, count: float) -> None:
         """The count of steps that Adam's bias correction stands at."""
         self._ensure_moments()
@@ -351,6 +387,25 @@ class Fp32State:
             self._wrapper._hp_optimizer_states_linked = False
             self._wrapper._lazy_init_hp_params_optimizer_state()
 
+    def _refresh_working_weights(self) -> None:
+        """The weights of the forward pass follow the fp32 ones, which DeepSpeed does only in a step.
+
+        At stage 3 the pieces that lie on the ranks are written, and what DeepSpeed keeps gathered between steps (small
+        parameters) would go on with the old values: it is given up before (`checkpoint_event_prologue`,
+        runtime/zero/stage3.py:3844) and gathered again afterwards, as around a load of DeepSpeed's own checkpoints.
+        """
+        if self._stage == 3:
+            self._wrapper.checkpoint_event_prologue()
+            for number in range(len(self._wrapper.fp32_partitioned_groups_flat)):
+                self._wrapper._reassign_or_swap_out_partitioned_parameters(number)
+            self._wrapper.checkpoint_event_epilogue()
+        elif self._stage > 0:
+            self._wrapper.update_lp_params()
+        else:
+            for parameter in self._parameters.values():
+                if id(parameter) in self._copies:
+                    parameter.data.copy_(self._copies[id(parameter)])
+
     def _stepped_tensors(self) -> Sequence[torch.Tensor]:
         """The tensors that the base optimizer steps: this rank's flat pieces from stage 1 on."""
         if self._stage == 3:
@@ -388,6 +443,10 @@ class Fp32State:
             return 0, 0, 0
         here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
         return here.start, there.start, here.numel
+
+
+def _copied(value: torch.Tensor | int) -> torch.Tensor | int:
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
 
 
 def _must_have(holder: object, internals: Sequence[Internal]) -> None:

@@ -84,6 +84,11 @@ def read_inputs(config: Config, world: World) -> Inputs:
     )
     held_out = _held_out(config, world, corpus)
     warnings = [] if held_out else [f"nothing is held out in {' '.join(config.data.path)}: no evaluation"]
+    if config.run.snapshot_every and config.data.max_document_tokens and not config.data.stagger:
+        warnings.append(
+            "run.snapshot_every: lanes that begin their pieces in the same column (data.max_document_tokens) make the"
+            " loss jump there each time; set data.stagger true"
+        )
     data = RunData(windows, held_out, load_tokenizer(config.data.path[0]))
     return Inputs(facts, data, model.train(), policy, warnings)
 
@@ -188,6 +193,7 @@ def _settings(config: Config, world: World, policy: Policy) -> dict[str, object]
         "data.keep_state_probability": config.data.keep_state_probability,
         "task.grow_at": config.task.grow_at,
         "model.dropout": config.model.dropout,
+        **{f"run.{key}": getattr(config.run, key) for key in ("snapshot_every", "jump_deviations", "max_rewinds")},
         "world_size": world.size,
         "zero_stage": zero_stage(policy),
     }

@@ -5,6 +5,7 @@ The rule is the doubling curriculum of 2605.07755 with a running mean: growth at
 
 from __future__ import annotations
 
+from gptb_ds.training.loss_jumps import LossAverage
 from gptb_ds.training.train_state import TrainState
 
 MEMORY = 0.9  # of the running mean, an update
@@ -24,7 +25,11 @@ def is_due(state: TrainState, grow_at: float) -> bool:
 
 
 def note_growth(state: TrainState, column: int, grow_at: float) -> None:
-    """They have grown at this column: the answers to longer ones have to be seen for a while."""
+    """They have grown at this column: the answers to longer ones have to be seen for a while.
+
+    Longer ones are harder: a loss that rises now has not jumped, so its average begins anew.
+    """
     state.grown = [*state.grown, column]
     state.updates_since_growth = 0
     state.accuracy = min(state.accuracy, grow_at - BACK)
+    state.losses = LossAverage()

@@ -40,6 +40,16 @@ class AppendedFile:
         """Whether there is something that the disk did not take."""
         return bool(self._unwritten)
 
+    def content(self) -> bytes:
+        """All that was written, what the disk did not take included."""
+        return (self.path.read_bytes() if self.path.exists() else b"") + self._unwritten
+
+    def replace(self, content: bytes) -> None:
+        """Goes on after this `content` instead. Raises OSError, and nothing has changed."""
+        self.close()
+        replace_file(self.path, content)
+        self._unwritten = b""
+
     def write(self, content: bytes) -> None:
         """Raises OSError, which names the file, when the disk does not take it."""
         self._unwritten += content
@@ -82,14 +92,13 @@ class MetricsLog:
 
         Not `evaluated`: this update's evaluation as well. Raises ValueError as `read_metrics` does, before any change.
         """
-        lines = read_metrics(self.path) if self.path.exists() else []
+        lines = _parse_all(self._file.content(), self.path)
         kept = [
             line
             for line in lines
             if line["update"] < update or (line["update"] == update and (evaluated or "loss" in line))
         ]
-        self.close()
-        replace_file(self.path, b"".join(_line(values) for values in kept))
+        self._file.replace(b"".join(_line(values) for values in kept))
         return kept
 
     def write(self, values: Metrics) -> None:
@@ -119,7 +128,11 @@ def read_metrics(path: Path) -> list[Metrics]:
     Raises ValueError, one line that names the file and its line, when one is no JSON object with an `update`, or holds
     something else than numbers.
     """
-    *lines, _ = path.read_bytes().split(b"\n")
+    return _parse_all(path.read_bytes(), path)
+
+
+def _parse_all(content: bytes, path: Path) -> list[Metrics]:
+    *lines, _ = content.split(b"\n")
     return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 

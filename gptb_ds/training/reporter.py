@@ -66,7 +66,7 @@ class Reporter:
         """An update's metrics. Raises OSError when the disk does not take them and `run.on_save_error` is "stop"."""
         if not self._speaks:
             return
-        if line["loss"] is None and not self._nothing_counted:
+        if line["loss"] is None and "rewound" not in line and not self._nothing_counted:
             self._nothing_counted = True
             self.say(
                 f"WARNING: no target of update {line['update']} counts in the loss, which is null then; with so few"

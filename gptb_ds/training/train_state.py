@@ -10,6 +10,7 @@ from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 
 from gptb_ds.checkpoint.format import Counter
 from gptb_ds.config import OptimConfig, RunConfig, TrainConfig
+from gptb_ds.training.loss_jumps import LossAverage
 from gptb_ds.training.noise_scale import NoiseScale
 
 
@@ -48,8 +49,10 @@ class TrainState:
     `tokens` of all ranks were read by all `update`s, `adam_tokens` by those that were applied since Adam's moments
     began (after `adam_start` of the `adam_steps`). `loss` is the last update's, None when it was not finite or nothing
     was counted. `evaluation_due`: a request to stop broke off the evaluation that belongs to this update. The last
-    window made `updates_per_window`; the other three are the `noise`. With a curriculum `accuracy` is the running share
-    of right answers, over the `updates_since_growth`, and `grown` are the columns at which documents became longer.
+    window made `updates_per_window`; the three `noise_...` are the `noise`, the three `loss_...` are `losses`.
+    `rewinds` are the jumps of the loss that training has gone back from, see `loss_jumps.next_rewind`. With a
+    curriculum `accuracy` is the running share of right answers, over the `updates_since_growth`, and `grown` are the
+    columns at which documents became longer.
     """
 
     update: NonNegativeInt = 0
@@ -61,6 +64,10 @@ class TrainState:
     noise_signal: float = 0.0
     noise_variance: float = 0.0
     noise_updates: NonNegativeInt = 0
+    loss_mean: float = 0.0
+    loss_variance: float = 0.0
+    loss_windows: NonNegativeInt = 0
+    rewinds: list[list[NonNegativeInt]] = field(default_factory=list)
     skipped: NonNegativeInt = 0
     bad_in_row: NonNegativeInt = 0
     evaluation_due: bool = False
@@ -77,6 +84,15 @@ class TrainState:
     @noise.setter
     def noise(self, value: NoiseScale) -> None:
         self.noise_signal, self.noise_variance, self.noise_updates = value.signal, value.noise, value.updates
+
+    @property
+    def losses(self) -> LossAverage:
+        """The average loss of a window."""
+        return LossAverage(self.loss_mean, self.loss_variance, self.loss_windows)
+
+    @losses.setter
+    def losses(self, value: LossAverage) -> None:
+        self.loss_mean, self.loss_variance, self.loss_windows = value.mean, value.variance, value.windows
 
     def saved(self) -> dict[str, Counter]:
         """The counters by name."""

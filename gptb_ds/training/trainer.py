@@ -21,10 +21,11 @@ from gptb_ds.evaluation import HeldOut, LossSum, metrics_of
 from gptb_ds.generation import generate
 from gptb_ds.model.decoder import AnyGPTB
 from gptb_ds.training.checkpointer import Checkpointer
-from gptb_ds.training.engine import Engine
+from gptb_ds.training.engine import Engine, UpdateResult
 from gptb_ds.training.length_curriculum import is_due, note_growth
 from gptb_ds.training.metrics import Metrics
 from gptb_ds.training.reporter import Reporter
+from gptb_ds.training.snapshots import Snapshots
 from gptb_ds.training.stop_requests import StopRequests
 from gptb_ds.training.train_state import RunFacts
 from gptb_ds.training.updates import Update, WindowUpdates
@@ -58,6 +59,7 @@ class Trainer:
         self.facts, self.data, self.engine = facts, data, engine
         self.checkpointer, self.reporter, self.stop = checkpointer, reporter, stop
         self.updates = WindowUpdates(facts, engine)
+        self.snapshots = Snapshots(facts, engine, data.windows)
         self.state = self.updates.start()
         self._world: World = engine.world
         self._save_due = False
@@ -76,26 +78,32 @@ class Trainer:
         Raises TrainingError after too many updates in a row that were not finite, and when the last checkpoint can't be
         written; SaveError when another one can't be, or the metrics, and `run.on_save_error` is "stop".
         """
-        state, end, run = self.state, self.updates.end, self.facts.run
-        self.reporter.start(state.update, self.updates.last_update)
+        end, run = self.updates.end, self.facts.run
+        self.reporter.start(self.state.update, self.updates.last_update)
         reason = None
-        if state.evaluation_due or (state.update == 0 and run.eval_every):
+        if self.state.evaluation_due or (self.state.update == 0 and run.eval_every):
             self._evaluate()
             self.reporter.restart()
-        while state.tokens < end and reason is None:
-            before = state.update
-            self._train_window()
-            if self._due(run.eval_every, before) or state.tokens >= end:
+        if run.snapshot_every:
+            self.snapshots.take(self.state, self.updates.state_BSE, saved=True)
+        while self.state.tokens < end and reason is None:
+            before = self.state.update
+            results = self._train_window()
+            if self.snapshots.loss_jumps(self.state, results) and self._went_back():
+                continue
+            self._grow_documents()
+            if self._due(run.eval_every, before) or self.state.tokens >= end:
                 self._evaluate()
-            if self._due(run.sample_every, before) and not state.evaluation_due:
-                self.reporter.say(f"sample after {state.update} updates: {self._sample()!r}")
+            if self._due(run.sample_every, before) and not self.state.evaluation_due:
+                self.reporter.say(f"sample after {self.state.update} updates: {self._sample()!r}")
             reason = self._save_and_check_stop(before)
         self._save_at_the_end()
         self.reporter.close()
-        return None if state.tokens >= end and not state.evaluation_due else reason
+        return None if self.state.tokens >= end and not self.state.evaluation_due else reason
 
-    def _train_window(self) -> None:
+    def _train_window(self) -> list[UpdateResult]:
         """The next window and its updates; afterwards the lanes' states and the counters stand at its edge."""
+        results = []
         started, waited = time.perf_counter(), self.data.windows.wait_seconds
         window = self.data.windows.next_window()
         waited = self.data.windows.wait_seconds - waited
@@ -105,7 +113,8 @@ class Trainer:
             now = time.perf_counter()
             self._report(update, now - started, waited)
             started, waited = now, 0.0
-        self._grow_documents()
+            results.append(update.result)
+        return results
 
     def _grow_documents(self) -> None:
         """At a window's edge: the curriculum's documents become longer when the answers are right."""
@@ -115,6 +124,36 @@ class Trainer:
         windows.grow()
         note_growth(state, windows.column, self.facts.grow_at)
         self.reporter.say(f"update {state.update}: documents of up to {windows.curriculum.limit} tokens from here on")
+
+    def _went_back(self) -> bool:
+        """Returns to a snapshot after a window whose loss jumped; False, and nothing is done, where that is not wanted.
+
+        The metrics of updates that are made again are cut, as at a resume, so that in the end they are those of a run
+        that was told from the start which columns to skip.
+        """
+        run, jumped = self.facts.run, self.state.update
+        if not run.snapshot_every:
+            return False
+        if len(self.state.rewinds) >= run.max_rewinds:
+            self.reporter.say(
+                f"WARNING: the loss jumped in update {jumped}; run.max_rewinds {run.max_rewinds} is reached"
+            )
+            return False
+        self.state, state_BSE = self.snapshots.go_back(self.state)
+        self.updates.restore(self.state, state_BSE)
+        self._save_due = False
+        try:
+            self._world.on_rank0(self.reporter.follow, self.state.update)
+        except (OSError, ValueError) as error:
+            raise SaveError(f"{error}; {self.checkpointer.last_good()}") from None
+        self.reporter.restart()
+        window, reach = self.state.rewinds[-1]
+        self.reporter.say(
+            f"the loss jumped in update {jumped}: back to update {self.state.update}, to go on past window {window}"
+            + (f" and the {reach} before and after it" if reach else "")
+        )
+        progress_made(f"going back to update {self.state.update}")
+        return True
 
     def _report(self, update: Update, elapsed: float, waited: float) -> None:
         state, result = self.state, update.result
@@ -133,6 +172,8 @@ class Trainer:
             line["document_tokens"] = self.data.windows.curriculum.limit
         if result.part_norm is not None:
             line["noise_scale"] = state.noise.tokens
+        if update.left_out:
+            line["rewound"] = True
         if not result.applied:
             line["skipped"] = True
             self.reporter.say(f"update {state.update} skipped: loss or gradient is not finite ({state.skipped} so far)")
@@ -197,9 +238,17 @@ class Trainer:
         if self._save_due and not self.state.bad_in_row:
             self._save_due = False
             self._save()
+            self._take_snapshot(before, saved=True)
+        else:
+            self._take_snapshot(before, saved=False)
         if not self._stop_heard:
             return None
         return next(reason for reason in self._world.all_gather(self.stop.reason) if reason)
+
+    def _take_snapshot(self, before: int, saved: bool) -> None:
+        every = self.facts.run.snapshot_every
+        if every and (saved or self._due(every, before)) and not self.state.bad_in_row:
+            self.snapshots.take(self.state, self.updates.state_BSE, saved=saved)
 
     def _save(self) -> None:
         self.checkpointer.finish()

@@ -15,6 +15,7 @@ from gptb_ds.data.window import Window
 from gptb_ds.distributed.watchdog import progress_made
 from gptb_ds.training.engine import Engine, UpdateResult
 from gptb_ds.training.length_curriculum import follow_accuracy
+from gptb_ds.training.loss_jumps import left_out
 from gptb_ds.training.noise_scale import merged
 from gptb_ds.training.schedule import BatchPlan, adam_betas, adam_count, learning_rate, rate_plan
 from gptb_ds.training.train_state import RunFacts, TrainState
@@ -22,11 +23,15 @@ from gptb_ds.training.train_state import RunFacts, TrainState
 
 @dataclass(frozen=True)
 class Update:
-    """An update that was made: what it did, with how many tokens of all ranks, at which rate."""
+    """An update that was made: what it did, with how many tokens of all ranks, at which rate.
+
+    `left_out`: its columns were not learnt from, because the loss has jumped there.
+    """
 
     result: UpdateResult
     tokens: int
     lr: float
+    left_out: bool = False
 
 
 class WindowUpdates:
@@ -74,7 +79,11 @@ class WindowUpdates:
         `flags` of each rank are in the results of all, see `Engine.update`.
         """
         first_lane, first_column = self._world.rank * window.lanes, state.tokens // self._facts.lanes
-        window = window.without(self._facts.skips, first_lane, first_column)
+        jumps = left_out(state.rewinds, self._facts.window)
+        everywhere = range(self._facts.lanes)
+        skips = [*self._facts.skips, *((everywhere, columns) for columns in jumps)]
+        window = window.without(skips, first_lane, first_column)
+        jumped = any(first_column in columns for columns in jumps)
         number = self._next_number(state)
         groups = max(self._facts.train.lane_groups, number)
         counted = self._counted(window, number)
@@ -98,7 +107,7 @@ class WindowUpdates:
                 self.state_BSE[g::groups] = state_BSE
             _count(state, result, tokens)
             progress_made(f"update {state.update}")
-            yield Update(result, tokens, lr)
+            yield Update(result, tokens, lr, jumped)
 
     def _counted(self, window: Window, number: int) -> list[float]:
         """How many targets count in each of the window's updates, over all ranks."""
