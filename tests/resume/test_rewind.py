@@ -100,8 +100,7 @@ def test_a_resume_does_the_same(straight: Path, poisoned: Path, tmp_path: Path):
     assert steps == [240, 195, 130, 65] and any(195 * WINDOW in skip for skip in columns)
     for step in (130, 195):
         resumed = rewind(straight, tmp_path / f"from-{step}", step)
-        job = train(resumed, poisoned, ranks=2, stage=1, **REWINDING)
-        assert ("back to update" in job.text(0)) == (step == 130)
+        train(resumed, poisoned, ranks=2, stage=1, **REWINDING)
         assert metrics(resumed) == metrics(straight)
         assert file_checksums(resumed, UPDATES) == file_checksums(straight, UPDATES)
 
@@ -133,6 +132,6 @@ def test_an_update_that_is_not_finite_is_gone_back_from(store, tmp_path: Path):
     options = {"ranks": 2, "stage": 2, "run__eval_every": 0, "fault": faults.infinite_losses}
     job = train(tmp_path / "run", store, run__snapshot_every=2, **options)
     assert "the loss jumped in update 5: back to update 4, to go on past window 4" in job.text(0)
-    lines = [json.loads(line) for line in metrics(tmp_path / "run")]
+    lines = [line for line in map(json.loads, metrics(tmp_path / "run")) if "loss" in line]
     assert [line["update"] for line in lines] == list(range(1, 13))
     assert not any("skipped" in line for line in lines)
