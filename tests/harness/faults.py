@@ -84,6 +84,15 @@ def _is_slow(seconds: float, rank: int) -> None:
 
 def infinite_losses(rank: int) -> None:
     """The loss of rank 0 is infinite in updates 5 and 6, its gradients are not."""
+    _infinite_in((5, 6), rank)
+
+
+def one_infinite_loss(rank: int) -> None:
+    """The loss of rank 0 is infinite in update 5, and not when that is made once more."""
+    _infinite_in((5,), rank)
+
+
+def _infinite_in(chosen: tuple[int, ...], rank: int) -> None:
     from gptb_ds.model.objective import WindowObjective
 
     forward, calls = WindowObjective.forward, []
@@ -91,7 +100,7 @@ def infinite_losses(rank: int) -> None:
     def infinite(self, *call):
         loss, state = forward(self, *call)
         calls.append(1)
-        return loss + (math.inf if len(calls) in (5, 6) and rank == 0 else 0.0), state
+        return loss + (math.inf if len(calls) in chosen and rank == 0 else 0.0), state
 
     WindowObjective.forward = infinite
 
