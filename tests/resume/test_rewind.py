@@ -127,11 +127,17 @@ def test_no_more_rewinds_than_asked_for(straight: Path, poisoned: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_an_update_that_is_not_finite_is_gone_back_from(store, tmp_path: Path):
-    """The loss of one rank is infinite once; all ranks go back, and no update is skipped in the end."""
-    options = {"ranks": 2, "stage": 2, "run__eval_every": 0, "fault": faults.one_infinite_loss}
-    job = train(tmp_path / "run", store, run__snapshot_every=2, **options)
-    assert "the loss jumped in update 5: back to update 4, to go on past window 4" in job.text(0)
-    lines = [line for line in map(json.loads, metrics(tmp_path / "run")) if "loss" in line]
-    assert [line["update"] for line in lines] == list(range(1, 13))
-    assert not any("skipped" in line for line in lines)
+def test_an_update_that_is_not_finite_is_gone_back_from(tmp_path: Path):
+    """The loss of one rank is infinite once: all ranks go back, to before the documents of a curriculum grew."""
+    assert prepare("--source", "task:parity?length=40&count=500", "--out", tmp_path / "store") == 0
+    options = COMMON | {"train__tokens": 30 * 4 * WINDOW, "task__grow_at": 0.01, "run__save_every": 0}
+    options |= {"ranks": 2, "stage": 2}
+    back, told = tmp_path / "back", tmp_path / "told"
+    job = train(back, tmp_path / "store", run__snapshot_every=8, fault=faults.one_infinite_loss, **options)
+    assert "update 10: documents of up to 8" in job.text(0)
+    assert "the loss jumped in update 15: back to update 8, to go on past window 14" in job.text(0)
+    train(told, tmp_path / "store", data__skip=f"0-3:{14 * WINDOW}-{15 * WINDOW - 1}", **options)
+    assert unmarked(back) == unmarked(told)
+    assert [line["update"] for line in unmarked(back) if "loss" in line] == list(range(1, 31))
+    assert not any("skipped" in line for line in unmarked(back))
+    assert file_checksums(back, 30) == file_checksums(told, 30)
