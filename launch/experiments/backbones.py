@@ -34,9 +34,9 @@ def command(backbone: str, folder: Path, args: argparse.Namespace, seconds: floa
         "model.backbone": backbone,
         "train.updates": args.updates,
         "run.dir": folder,
-        "run.save_every": max(1, args.updates // 4),
+        "run.save_every": max(1, args.updates // 2),
         "run.keep": 1,
-        "run.eval_every": max(1, args.updates // 4),
+        "run.eval_every": max(1, args.updates // 2),
         "run.sample_every": 0,
     }
     if backbone in GATED:
@@ -90,15 +90,15 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]], updates: int) -> str:
-    """Markdown: bits per byte of held-out text at each quarter, and how large and fast the model is."""
+    """Markdown: bits per byte of held-out text on the way, and how large and fast the model is."""
     newest = {line["backbone"]: line for line in lines if line["wanted"] == updates}
     found = list(newest.values())
-    quarters = sorted({update for line in found for update, _ in line["evaluations"]})
-    heads = ["backbone", "parameters", *(f"update {update:,}" for update in quarters), "tokens/s"]
+    points = sorted({update for line in found for update, _ in line["evaluations"]})
+    heads = ["backbone", "parameters", *(f"update {update:,}" for update in points), "tokens/s"]
     rows = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for line in found:
         bits = dict(line["evaluations"])
-        cells = [f"{bits[update]:.2f}" if update in bits else "" for update in quarters]
+        cells = [f"{bits[update]:.2f}" if update in bits else "" for update in points]
         rows.append(
             f"| {line['backbone']} | {line['parameters']:,} | {' | '.join(cells)} | {line['tokens_per_second']:,.0f} |"
         )
