@@ -185,6 +185,8 @@ def check_backbone(model: GPTBDecoderModel) -> None:
     if mask_SS is not None:
         hidden_SS = mask_SS <= torch.finfo(mask_SS.dtype).min
     unseen, seen = (reach_SS <= 0) & ~hidden_SS, (reach_SS > 0) & hidden_SS
+    if config.preserve_decoder:  # what a token's slot does not see itself, the state's slots tell it in the next block
+        seen = torch.zeros_like(seen)
     lost = ", so that tokens would not reach the state"
     for wrong_SS, verb, effect in ((unseen, "does not see", lost), (seen, "sees", "")):
         if wrong_SS.any():

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from gptb_ds import GPTBConfig, GPTBLMHeadModel
-from gptb_ds.model import warm_start
+from gptb_ds import GPTBConfig
+from gptb_ds.model import AnyGPTB, GPTBDecoderConfig, warm_start
+from gptb_ds.model_choice import new_model
 from tests.harness.models import random_ids, small_gptb
 
 V, C, SLOTS = 16, 5, 9
@@ -29,15 +30,21 @@ def text(lanes: int, steps: int, seed: int) -> torch.Tensor:
     return ids
 
 
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT2LMHeadModel, Path]:
-    """A small GPT-2, trained here until it knows the language."""
+LLAMA = LlamaConfig(
+    vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+    intermediate_size=64, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    """A small decoder, trained here until it knows the language."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=V, n_positions=16, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config) if request.param == "gpt2" else LlamaForCausalLM(LLAMA)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for update in range(250):
         ids = text(32, 16, seed=update)
@@ -54,7 +61,16 @@ def gptb_config(**changes: object) -> GPTBConfig:
     return GPTBConfig(**(shape | {"dropout": 0.0, "eos_token_id": 0} | changes))
 
 
-def loss_of(model: GPTBLMHeadModel, ids: torch.Tensor) -> torch.Tensor:
+def config_over(model: PreTrainedModel, **changes: object) -> GPTBConfig | GPTBDecoderConfig:
+    """Of a GPTB over this decoder's blocks."""
+    if isinstance(model, GPT2LMHeadModel):
+        return gptb_config(**changes)
+    return GPTBDecoderConfig(
+        backbone_config=LLAMA, num_slots=SLOTS, eos_token_id=0, tie_word_embeddings=False, **changes
+    )
+
+
+def loss_of(model: AnyGPTB, ids: torch.Tensor) -> torch.Tensor:
     """Mean over the tokens that have C + 1 before them."""
     logits = model(ids, use_cache=False).logits[:, C:-1]
     return F.cross_entropy(logits.flatten(0, 1), ids[:, C + 1 :].flatten())
@@ -82,16 +98,16 @@ def test_without_recent_tokens_nothing_of_them_is_there() -> None:
     assert not any("gate" in name for name in names)
 
 
-def test_a_warm_start_is_the_decoder_at_its_context(decoder: tuple[GPT2LMHeadModel, Path]) -> None:
-    gpt2, folder = decoder
+def test_a_warm_start_is_the_decoder_at_its_context(decoder: tuple[PreTrainedModel, Path]) -> None:
+    original, folder = decoder
     said: list[str] = []
     torch.manual_seed(1)
-    model = warm_start(gptb_config(recent_tokens=C, preserve_decoder=True), str(folder), said.append)
+    model = warm_start(config_over(original, recent_tokens=C, preserve_decoder=True), str(folder), said.append)
     assert len(said) == 1 and "new: transformer.initial_embeds, transformer.state_gate" in said[0]
     ids = text(16, 40, seed=1000)
     windows = ids.unfold(1, C + 1, 1)[:, :-1]  # (B, T - C - 1, C + 1): what the decoder sees before each prediction
     with torch.no_grad():
-        last = gpt2(windows.flatten(0, 1)).logits[:, -1]
+        last = original(windows.flatten(0, 1)).logits[:, -1]
         expected = F.cross_entropy(last, ids[:, C + 1 :].flatten())
         ours = loss_of(model, ids)
     uniform = torch.tensor(float(V)).log()
@@ -100,9 +116,9 @@ def test_a_warm_start_is_the_decoder_at_its_context(decoder: tuple[GPT2LMHeadMod
     assert abs(ours / expected - 1) < 0.01
 
 
-def test_the_gate_opens_and_a_token_reaches_the_state(decoder: tuple[GPT2LMHeadModel, Path]) -> None:
-    _, folder = decoder
-    model = warm_start(gptb_config(recent_tokens=C, preserve_decoder=True), str(folder))
+def test_the_gate_opens_and_a_token_reaches_the_state(decoder: tuple[PreTrainedModel, Path]) -> None:
+    original, folder = decoder
+    model = warm_start(config_over(original, recent_tokens=C, preserve_decoder=True), str(folder))
     ids = text(4, C + 12, seed=2)
     embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
     F.cross_entropy(model(inputs_embeds=embeds).logits[:, -1], ids[:, -1]).backward()
@@ -110,10 +126,10 @@ def test_the_gate_opens_and_a_token_reaches_the_state(decoder: tuple[GPT2LMHeadM
     assert (embeds.grad[:, 0] != 0).any()  # beyond C + 1 tokens: only the state can have carried it
 
 
-def test_a_warm_start_beats_a_start_from_nothing(decoder: tuple[GPT2LMHeadModel, Path]) -> None:
-    _, folder = decoder
+def test_a_warm_start_beats_a_start_from_nothing(decoder: tuple[PreTrainedModel, Path]) -> None:
+    original, folder = decoder
 
-    def trained(model: GPTBLMHeadModel) -> float:
+    def trained(model: AnyGPTB) -> float:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for update in range(15):
             optimizer.zero_grad()
@@ -123,8 +139,8 @@ def test_a_warm_start_beats_a_start_from_nothing(decoder: tuple[GPT2LMHeadModel,
             return float(loss_of(model, text(16, 24, seed=999)))
 
     torch.manual_seed(2)
-    warm = trained(warm_start(gptb_config(recent_tokens=C, preserve_decoder=True), str(folder)))
-    cold = trained(GPTBLMHeadModel(gptb_config(recent_tokens=C)))
+    warm = trained(warm_start(config_over(original, recent_tokens=C, preserve_decoder=True), str(folder)))
+    cold = trained(new_model(config_over(original, recent_tokens=C)))
     print(f"after 15 updates: warm {warm:.4f}, from nothing {cold:.4f}")
     assert warm < cold - 0.3
 
@@ -147,8 +163,9 @@ def test_recent_tokens_must_leave_a_state(recent: object) -> None:
         gptb_config(recent_tokens=recent)
 
 
-def test_a_preserved_decoder_comes_back_from_its_folder(decoder: tuple[GPT2LMHeadModel, Path], tmp_path: Path) -> None:
-    model = warm_start(gptb_config(recent_tokens=C, preserve_decoder=True), str(decoder[1])).eval()
+def test_a_preserved_decoder_comes_back_from_its_folder(decoder: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
+    original, folder = decoder
+    model = warm_start(config_over(original, recent_tokens=C, preserve_decoder=True), str(folder)).eval()
     model.save_pretrained(tmp_path)
-    again, ids = GPTBLMHeadModel.from_pretrained(tmp_path), text(2, 12, seed=3)
+    again, ids = type(model).from_pretrained(tmp_path), text(2, 12, seed=3)
     assert torch.equal(again(ids).logits, model(ids).logits)
