@@ -11,7 +11,10 @@ import torch
 from gptb_ds.config import OptimConfig
 from gptb_ds.data.window import Window
 from gptb_ds.distributed.world import World
+from gptb_ds.model.backbones import build_decoder, named_backbone
 from gptb_ds.model.configuration import GPTBConfig
+from gptb_ds.model.decoder import AnyGPTB
+from gptb_ds.model.decoder_configuration import GPTBDecoderConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
 from tests.harness.processes import run_ranks
@@ -20,8 +23,12 @@ LANES, STEPS, UPDATES, VOCAB = 8, 7, 3, 31
 OPTIM = OptimConfig(lr=1e-2, warmup_updates=0, weight_decay=0.1, clip=0.5)
 
 
-def build(tied: bool = True) -> GPTBLMHeadModel:
+def build(tied: bool = True, family: str = "gpt2") -> AnyGPTB:
     torch.manual_seed(5)
+    if family != "gpt2":
+        sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+        backbone = named_backbone(family, sizes, dropout=0.0, vocab_size=VOCAB)
+        return build_decoder(GPTBDecoderConfig(backbone_config=backbone, num_slots=5, tie_word_embeddings=tied)).train()
     return GPTBLMHeadModel(
         GPTBConfig(
             vocab_size=VOCAB,
@@ -49,9 +56,11 @@ def columns(update: int, first: int, stop: int, weighted: bool) -> Window:
     return Window(tokens[:-1, own], tokens[1:, own], reset[:, own], None if weights is None else weights[:, own])
 
 
-def one_process(tied: bool, weighted: bool) -> tuple[list[float], list[float], dict[str, torch.Tensor], dict]:
+def one_process(
+    tied: bool, weighted: bool, family: str = "gpt2"
+) -> tuple[list[float], list[float], dict[str, torch.Tensor], dict]:
     """Plain PyTorch: losses, gradient norms, final weights, and the gradients of the first update."""
-    model = build(tied)
+    model = build(tied, family)
     objective = WindowObjective(model)
     matrices, others = [], []
     for name, p in model.named_parameters():
@@ -74,11 +83,20 @@ def one_process(tied: bool, weighted: bool) -> tuple[list[float], list[float], d
     return losses, norms, {name: p.detach() for name, p in model.named_parameters()}, first
 
 
-def train(world: World, stage: int, precision: str, groups: int, tied: bool, weighted: bool, recompute: int):
+def train(
+    world: World,
+    stage: int,
+    precision: str,
+    groups: int,
+    tied: bool,
+    weighted: bool,
+    recompute: int,
+    family: str = "gpt2",
+):
     from gptb_ds.training.engine import Engine
 
     engine = Engine(
-        WindowObjective(build(tied), recompute),
+        WindowObjective(build(tied, family), recompute),
         world,
         lanes=LANES // world.size,
         lane_groups=groups,
@@ -120,8 +138,20 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision", "ranks", "groups", "tied", "weighted", "recompute"), CASES)
 def test_fp32_equals_one_process(stage, precision, ranks, groups, tied, weighted, recompute):
-    want_losses, want_norms, want_weights, want_first = one_process(tied, weighted)
-    for losses, norms, weights, first in run_ranks(train, ranks, stage, precision, groups, tied, weighted, recompute):
+    compare(one_process(tied, weighted), run_ranks(train, ranks, stage, precision, groups, tied, weighted, recompute))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp32_equals_one_process_with_another_backbone(stage):
+    found = run_ranks(train, 2, stage, "fp32", 2, True, True, 3, "llama")
+    compare(one_process(True, True, "llama"), found)
+
+
+def compare(wanted, found) -> None:
+    """What each rank found is what one process finds."""
+    want_losses, want_norms, want_weights, want_first = wanted
+    for losses, norms, weights, first in found:
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(want_losses), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(torch.tensor(norms), torch.tensor(want_norms), rtol=1e-5, atol=1e-6)
         clip = min(1.0, OPTIM.clip / want_norms[0])

@@ -7,8 +7,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import gptb_ds.model
 from gptb_ds import export as export_module
 from gptb_ds.export import ExportOptions, code_files, export
 from gptb_ds.model.configuration import UNLIMITED
+from tests.harness.elsewhere import run_elsewhere
 from tests.harness.models import small_gptb
 
 BYTES = ByT5Tokenizer(extra_ids=0)
@@ -75,8 +74,7 @@ def test_other_programs_read_the_context_rightly(exported: Path) -> None:
 
 
 PROGRAM = """
-import importlib.util, json, sys, torch
-assert importlib.util.find_spec("gptb_ds") is None and importlib.util.find_spec("deepspeed") is None
+import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 folder, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -97,21 +95,7 @@ print(json.dumps([type(model).__module__, logits, tokens.tolist(), text[0]["gene
 @pytest.mark.slow
 def test_it_loads_on_a_machine_without_this_package(exported: Path, tmp_path: Path) -> None:
     """With only what torch and transformers need on the path."""
-    packages = Path(torch.__file__).parents[1]
-    hidden = ("gptb", "__editable__", "deepspeed", "datasets", "pydantic", "mpi4py", "accelerate")
-    site = tmp_path / "site"
-    site.mkdir()
-    for entry in packages.iterdir():
-        if not entry.name.startswith(hidden) and entry.suffix != ".pth":
-            (site / entry.name).symlink_to(entry)
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment |= {"PYTHONPATH": str(site), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", PROGRAM, str(exported), str(tmp_path)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    module, logits, tokens, text = json.loads(done.stdout.strip().splitlines()[-1])
+    module, logits, tokens, text = run_elsewhere(PROGRAM, tmp_path, exported, tmp_path)
     assert module.startswith("transformers_modules.")
     model, ids = AutoModelForCausalLM.from_pretrained(exported), torch.tensor([[*b"the end"]]) + 3
     torch.testing.assert_close(torch.tensor(logits), model(ids).logits.flatten())
