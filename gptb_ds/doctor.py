@@ -61,6 +61,7 @@ def examine(stores: list[str], run: str | None) -> Iterator[Finding]:
     except ImportError as error:
         yield Finding("bad", "torch", f"cannot be imported ({error}); reinstall it: pip install -e .")
     yield from _build_tools()
+    yield _extensions()
     yield from _launchers()
     yield _network()
     for store in stores:
@@ -118,6 +119,27 @@ def _build_tools() -> Iterator[Finding]:
             yield Finding("ok", name, path)
         else:
             yield Finding("note", name, f"not found; train.compile and optimizer offload need it ({remedy})")
+
+
+def _extensions() -> Finding:
+    """Where DeepSpeed's CPU Adam is built, and whether a build is under way there, or was killed."""
+    from gptb_ds.extension_builds import CPU_ADAM, abandoned, build_folder
+
+    try:
+        folder = build_folder(CPU_ADAM)
+    except (OSError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        return Finding("note", "extensions", f"no folder to build them in, set TORCH_EXTENSIONS_DIR ({reason[:200]})")
+    if not os.access(folder, os.W_OK):
+        text = f"{folder} can't be written to; optimizer offload builds there: set TORCH_EXTENSIONS_DIR"
+        return Finding("note", "extensions", text)
+    lock = folder / "lock"
+    if abandoned(lock):
+        return Finding("note", "extensions", f"{lock} is left from a build that was killed; training removes it")
+    if lock.exists():
+        return Finding("note", "extensions", f"a build is under way in {folder}; if there is none, remove {lock}")
+    state = "built" if any(folder.glob("*.so")) else "not built yet, optimizer offload does it when it starts"
+    return Finding("ok", "extensions", f"{folder}: {state}")
 
 
 def _launchers() -> Iterator[Finding]:

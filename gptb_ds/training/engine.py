@@ -19,7 +19,9 @@ from torch import nn
 
 from gptb_ds.config import ConfigError, OptimConfig
 from gptb_ds.data.window import Window
+from gptb_ds.distributed.watchdog import long_work
 from gptb_ds.distributed.world import World
+from gptb_ds.extension_builds import CPU_ADAM, built
 from gptb_ds.model.objective import WindowObjective
 from gptb_ds.model.window_model import WindowModel
 from gptb_ds.training.deepspeed_policy import Policy, offload_devices, zero_stage
@@ -32,6 +34,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 import deepspeed  # noqa: E402
 from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
+from deepspeed.ops.op_builder import CPUAdamBuilder  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 from deepspeed.utils import logger  # noqa: E402
 
@@ -100,6 +103,9 @@ class Engine:
         guarded = self.stage == 0 and precision == "fp32"
         parameters = trained_parameters(objective.model)
         offload = offload_devices(policy)["offload_optimizer"] != "none" and world.device.type != "cpu"
+        if offload and optim.name == "adamw":
+            with long_work(f"building DeepSpeed's {CPU_ADAM}"):
+                world.on_all_ranks(built, CPU_ADAM, CPUAdamBuilder().load, say)
         self._base = build_optimizer(
             objective.model,
             optim,

@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exit_codes": set(),
     "atomic_files": set(),
     "suggestions": set(),
+    "extension_builds": set(),
     "config": {"suggestions"},
     "model": set(),
     "data": {"atomic_files", "config"},
@@ -33,9 +34,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lm_eval": {"data", "generation", "loading", "model", "prefix_tree"},
     "export": {"atomic_files", "baselines", "loading", "model"},
     "training": {"atomic_files", "checkpoint", "config", "data", "distributed", "exit_codes", "model"}
-    | {"evaluation", "generation", "loading", "model_choice"},
+    | {"evaluation", "extension_builds", "generation", "loading", "model_choice"},
     "plot": {"state_use", "training"},
-    "doctor": {"data"},
+    "doctor": {"data", "extension_builds"},
     "commands": {"checkpoint", "config", "data", "doctor", "evaluation", "export", "generation", "plot"}
     | {"state_use", "training"},
     "cli": {"commands", "exit_codes", "suggestions"},
