@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,8 +28,12 @@ FORMAT = "gptb-state-1"
 _BASE = 6364136223846793005
 
 
-class Moment(NamedTuple):
-    """A lane's place in its stream: the state (B, S-1, E), and the hash of the tokens that it stands for, (B,)."""
+@dataclass
+class Moment:
+    """A lane's place in its stream: the state (B, S-1, E), and the hash of the tokens that it stands for, (B,).
+
+    No tuple with names: transformers' exporters rebuild tuples from an iterator, which those don't take.
+    """
 
     state_BSE: torch.Tensor
     hash_B: torch.Tensor

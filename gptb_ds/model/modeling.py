@@ -5,10 +5,10 @@ Axes: B lanes, T tokens of this call, S slots, E embedding, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, GPT2Config, GPT2Model
 from transformers.activations import ACT2FN
@@ -18,18 +18,19 @@ from .attention import NAME as SLOT_ATTENTION
 from .cache import GPTBCache
 from .configuration import GPTBConfig, as_gptb_config
 from .gradient_sums import Fp32GradientSums
+from .input_checks import check_labels, check_logits_to_keep
+from .loss import causal_loss
 from .outputs import GPTBOutput
 from .recurrence import Shared, SlotRecurrence
 from .window_model import WindowModel
-
-# Arguments that transformers' tokenizers and Trainer hand to any model, and that mean nothing here.
-IGNORED = frozenset({"position_ids", "token_type_ids", "cache_position", "output_attentions"})
 
 
 class GPTBPreTrainedModel(GPT2PreTrainedModel):
     """What both models of the GPT-2 backbone share: the configuration's class and the choice of attention."""
 
     config_class = GPTBConfig
+    # What transformers' tests read: layers' outputs can be asked for, attention weights can't.
+    _can_record_outputs = {"hidden_states": GPT2Block}  # noqa: RUF012
     # A window's causal mask is a plain tensor, which these kernels do not take.
     _supports_flash_attn = False
     _supports_flex_attn = False
@@ -149,31 +150,26 @@ class RecurrentLM(WindowModel):
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: GPTBCache | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
+        shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: object,
+        **ignored: object,
     ) -> GPTBOutput | tuple[object, ...]:
         """A causal language model's forward; unpacks as the original's loop does: `logits, past_hidden_states, loss`.
 
         Arguments as in `SlotRecurrence.forward`. `labels` (B, T) follow transformers' convention: they are `input_ids`
         and are shifted inside, so that position t is scored on `labels[:, t + 1]`; -100 is not counted. The loss is the
         mean over counted labels, in nats (0 when there is none), or their sum over `num_items_in_batch`.
-        `logits_to_keep` = n > 0 computes the logits of the last n tokens only.
+        `shift_labels` (B, T), in place of labels, stand where they are predicted already. `logits_to_keep` = n > 0
+        computes the logits of the last n tokens only; a tensor names the tokens.
 
         Raises ValueError as `SlotRecurrence.forward` does, and for labels of another shape or outside the vocabulary.
         """
-        if unknown := sorted(kwargs.keys() - IGNORED):
-            raise TypeError(f"{type(self).__name__}.forward has no argument {', '.join(unknown)}")
-        if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions: attention is among slots, not among tokens, and is not returned")
-        given = input_ids if input_ids is not None else inputs_embeds
-        if labels is not None and given is not None and labels.shape != given.shape[:2]:
-            raise ValueError(
-                f"labels has shape {tuple(labels.shape)}; expected {tuple(given.shape[:2])} like input_ids (they are"
-                " shifted inside)"
-            )
+        targets = shift_labels if shift_labels is not None else labels
+        check_labels(targets, input_ids if input_ids is not None else inputs_embeds)
+        keep_last = check_logits_to_keep(logits_to_keep)
         hidden = self.transformer(
             input_ids,
             past_hidden_states,
@@ -185,11 +181,17 @@ class RecurrentLM(WindowModel):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            keep_last=0 if labels is not None else logits_to_keep,
+            keep_last=0 if targets is not None else keep_last,
+            **ignored,
         )
-        logits_BTV = self.logits_of(hidden.last_hidden_state)
+        hidden_BTE = hidden.last_hidden_state
+        if isinstance(logits_to_keep, torch.Tensor) and targets is None:
+            hidden_BTE = hidden_BTE[:, logits_to_keep]
+        logits_BTV = self.logits_of(hidden_BTE)
         output = GPTBOutput(
-            loss=None if labels is None else _shifted_loss(logits_BTV, labels, num_items_in_batch),
+            loss=None
+            if targets is None
+            else causal_loss(logits_BTV, targets, shift_labels is None, num_items_in_batch),
             logits=logits_BTV,
             past_key_values=hidden.past_key_values,
             past_hidden_states=hidden.past_hidden_states,
@@ -268,24 +270,6 @@ class GPTBLMHeadModel(RecurrentLM, GPTBPreTrainedModel, GenerationMixin):  # typ
         self.transformer = transformer
         self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False)
         self.post_init()
-
-
-def _shifted_loss(
-    logits_BTV: torch.Tensor, labels_BT: torch.Tensor, num_items: torch.Tensor | int | None
-) -> torch.Tensor:
-    logits_RV = logits_BTV[:, :-1].flatten(0, 1)
-    logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
-    labels_R = labels_BT[:, 1:].flatten().to(logits_RV.device)
-    try:
-        total = F.cross_entropy(logits_RV, labels_R, ignore_index=-100, reduction="sum")
-    except IndexError:
-        raise ValueError(
-            f"labels hold tokens from {int(labels_BT.min())} to {int(labels_BT.max())}, but the vocabulary is 0 to"
-            f" {logits_BTV.shape[-1] - 1} (-100 = not counted)"
-        ) from None
-    if num_items is None:
-        num_items = (labels_R != -100).sum().clamp(min=1)
-    return total / num_items
 
 
 def _mask_after(cache: GPTBCache, ids_BT: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -24,7 +24,7 @@ class GPTBModelOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     past_hidden_states: torch.Tensor | None = None
     past_key_values: GPTBCache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
 
     def __iter__(self) -> Iterator[object]:
         return iter((self.last_hidden_state, self.past_hidden_states))
@@ -43,7 +43,7 @@ class GPTBOutput(ModelOutput):
     logits: torch.Tensor | None = None
     past_key_values: GPTBCache | None = None
     past_hidden_states: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
 
     def __iter__(self) -> Iterator[object]:
         return iter((self.logits, self.past_hidden_states, self.loss))

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from .cache import GPTBCache
 from .compiled_step import CompiledStep
 from .gradient_sums import Fp32GradientSums, recomputed_in
-from .input_checks import check_inputs, read_mask, state_of
+from .input_checks import check_inputs, check_options, check_tensors, chosen_layers, read_mask, state_of
 from .outputs import GPTBModelOutput
 
 # Columns embedded and kept at once when no gradient is needed: the memory of a prompt of any length.
@@ -139,18 +139,21 @@ class SlotRecurrence(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: GPTBCache | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         return_dict: bool | None = None,
         keep_last: int = 0,
         time_major: bool = False,
         sums: Fp32GradientSums | None = None,
+        **ignored: object,
     ) -> GPTBModelOutput | tuple[object, ...]:
         """As `unroll`, but lanes first and as transformers' base models are called.
 
         `input_ids` and `reset` (B, T), or `inputs_embeds` (B, T, E). `attention_mask` (B, T or more, of which the last
         T count): where it is 0 the token is not read and the lane's state stays as it was. The state comes from
         `past_key_values` or as `past_hidden_states` (B, S-1, E). `keep_last` = n > 0 returns the outputs of the last n
-        tokens only. Without gradients a call of any length needs the memory of `READ_CHUNK` tokens and its outputs.
+        tokens only. `output_hidden_states` may name layers instead of all. Without gradients a call of any length needs
+        the memory of `READ_CHUNK` tokens and its outputs. `ignored`: what transformers' tokenizers and Trainer hand to
+        any model and means nothing here (`input_checks.IGNORED`).
 
         Returns `GPTBModelOutput`, which unpacks as `outputs (B, T, E), state`; a tuple without `return_dict`.
         """
@@ -159,11 +162,15 @@ class SlotRecurrence(nn.Module):
             check_inputs(input_ids, None, past_hidden_states, reset, recompute_every, self.config)
             unrolled = self._unroll(input_ids, None, past_hidden_states, reset, None, recompute_every, sums=sums)
             return unrolled.hidden_KBE, unrolled.states[-1]
+        check_options(ignored, use_cache, self.config)
+        check_tensors(
+            input_ids=input_ids, inputs_embeds=inputs_embeds, past_hidden_states=past_hidden_states, reset=reset
+        )
         ids_TB, embeds_TBE, reset_TB = (_turned(tensor) for tensor in (input_ids, inputs_embeds, reset))
         check_inputs(ids_TB, embeds_TBE, past_hidden_states, reset_TB, recompute_every, self.config)
         given = ids_TB if ids_TB is not None else embeds_TBE
         assert given is not None
-        mask_TB = read_mask(attention_mask, given)
+        mask_TB = read_mask(attention_mask, given, past_key_values)
         state = past_hidden_states
         if past_key_values is not None:
             state = state_of(past_key_values, state, self.config, given.shape[1])
@@ -171,7 +178,7 @@ class SlotRecurrence(nn.Module):
             use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
         cache = (past_key_values or GPTBCache()) if use_cache else None
         if output_hidden_states is None:
-            output_hidden_states = bool(self.config.output_hidden_states)
+            output_hidden_states = self.config.output_hidden_states
         unrolled = self._unroll(
             ids_TB,
             embeds_TBE,
@@ -181,7 +188,7 @@ class SlotRecurrence(nn.Module):
             recompute_every,
             keep_last=keep_last,
             keep_states=1 if cache is None or torch.is_grad_enabled() else cache.wanted,
-            with_layers=output_hidden_states,
+            with_layers=output_hidden_states is not None and output_hidden_states is not False,
         )
         if cache is not None:
             cache.append(unrolled.states, ids_TB, mask_TB, len(given))
@@ -189,7 +196,7 @@ class SlotRecurrence(nn.Module):
             last_hidden_state=unrolled.hidden_KBE.transpose(0, 1),
             past_key_values=cache,
             past_hidden_states=unrolled.states[-1],
-            hidden_states=None if unrolled.layers is None else tuple(x.transpose(0, 1) for x in unrolled.layers),
+            hidden_states=_lanes_first(unrolled.layers, output_hidden_states),
         )
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
 
@@ -395,6 +402,16 @@ def _narrowed(shared: Item, like: torch.Tensor) -> Item:
 def _turned(tensor_BT: torch.Tensor | None) -> torch.Tensor | None:
     """Lanes first -> time first. Too few axes are left to the check of shapes, which knows the words."""
     return tensor_BT.transpose(0, 1) if tensor_BT is not None and tensor_BT.dim() > 1 else tensor_BT
+
+
+def _lanes_first(
+    layers: list[torch.Tensor] | None, chosen: bool | int | Sequence[int] | None
+) -> tuple[torch.Tensor | None, ...] | None:
+    """Outputs of layers, (T, B, E) -> (B, T, E), with None for those not asked for, as transformers has it."""
+    if layers is None:
+        return None
+    wanted = chosen_layers(chosen, len(layers))
+    return tuple(layer.transpose(0, 1) if number in wanted else None for number, layer in enumerate(layers))
 
 
 def _columns(flags_KB: torch.Tensor | None, steps: int) -> Sequence[torch.Tensor | None]:
