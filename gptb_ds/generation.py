@@ -5,6 +5,7 @@ Axes: B prompts, T tokens.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -269,6 +270,7 @@ def generate_texts(options: GenerateOptions, say: Callable[[str], None] | None =
     prompts, sampling = options.prompts(), options.sampling()
     if options.state_out and (len(prompts) > 1 or options.num_beams > 1):
         raise ValueError("--state-out: a state is saved of one prompt, without beams")
+    _check_writable(options.state_out)
     model, tokenizer = load_gptb(options.model)
     model.to(device=usable_device(options.device), dtype=PRECISIONS[options.precision])  # type: ignore[call-arg]
     try:
@@ -296,6 +298,17 @@ def generate_texts(options: GenerateOptions, say: Callable[[str], None] | None =
         assert cache is not None
         cache.save(options.state_out, model)
     return [text_after(tokenizer, row, new) for row, new in zip(rows, tokens, strict=True)]
+
+
+def _check_writable(state_out: str | None) -> None:
+    """Raises ValueError for a file that can't come to be: better now than after the text."""
+    if state_out is None:
+        return
+    path = Path(state_out)
+    if path.is_dir():
+        raise ValueError(f"--state-out {path}: is a folder; name a file")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--state-out {path}: there is no folder {path.parent} that can be written to")
 
 
 def _given_state(options: GenerateOptions, model: AnyGPTB, lanes: int) -> GPTBCache | None:

@@ -5,6 +5,7 @@ Axes: B lanes, T tokens, S slots, E embedding.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -116,6 +117,8 @@ class StateLayer(CacheLayerMixin):
         if back == self.seen and self.begins_here:
             self.clear()
             return
+        if back > self.seen and self.begins_here:
+            raise ValueError(f"the cache has read {self.seen} tokens: it can't go back by {back}")
         if back >= len(self.moments):
             raise ValueError(
                 f"the cache is {self.seen} tokens on and keeps the states of the last {len(self.moments)}: it can't go"
@@ -154,7 +157,16 @@ class GPTBCache(Cache):
         """`state_BSE` (B, S-1, E) is a state to start from, of which no tokens are known; None = the initial state.
 
         `offloading` keeps the states on the CPU between two calls of the model.
+
+        Raises ValueError for what is no state, and for a negative `kept`.
         """
+        if isinstance(kept, bool) or not isinstance(kept, int) or kept < 0:
+            raise ValueError(f"kept is {kept!r}; expected the number of states to keep, 0 or more")
+        if state_BSE is not None and not (
+            isinstance(state_BSE, torch.Tensor) and state_BSE.dim() == 3 and state_BSE.is_floating_point()
+        ):
+            given = _described(state_BSE) if isinstance(state_BSE, torch.Tensor) else type(state_BSE).__name__
+            raise ValueError(f"the state is a {given}; expected floating-point numbers (lanes, num_slots - 1, width)")
         super().__init__(layers=[StateLayer(kept)], offloading=offloading)
         if state_BSE is not None:
             unknown = torch.full(state_BSE.shape[:1], -1, dtype=torch.int64, device=state_BSE.device)
@@ -215,7 +227,7 @@ class GPTBCache(Cache):
     def save(self, path: str | Path, model: PreTrainedModel) -> None:
         """Writes the newest state to a safetensors file, whole or not at all, with hashes of its tokens and of `model`.
 
-        Raises ValueError when nothing was read yet.
+        Raises ValueError when nothing was read yet, OSError when the disk does not take it.
         """
         if self.state is None:
             raise ValueError("there is no state to save: nothing was read yet")
@@ -225,6 +237,8 @@ class GPTBCache(Cache):
         try:
             save_file(tensors, unfinished, metadata={"gptb": json.dumps(facts)})
             os.replace(unfinished, path)
+        except SafetensorError as error:  # its way to say that the disk is full or a folder is missing
+            raise OSError(errno.EIO, f"the state can't be written: {error}", str(path)) from None
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -260,6 +274,10 @@ class GPTBCache(Cache):
                 f"{path}: the state after {seen} other tokens than these {input_ids.shape[1]}; read them anew"
             )
         return cache
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"tensor {tuple(tensor.shape)} of {tensor.dtype}"
 
 
 def _hashes(

@@ -30,8 +30,27 @@ def check_tensors(**arguments: object) -> None:
     """Raises ValueError for an argument that is there and no tensor."""
     for name, value in arguments.items():
         if value is not None and not isinstance(value, torch.Tensor):
-            hint = '; give its "input_ids"' if isinstance(value, Mapping) else ""
+            hint = '; give its "input_ids"' if name == "input_ids" and isinstance(value, Mapping) else ""
             raise ValueError(f"{name} is a {type(value).__name__}; expected a torch.Tensor{hint}")
+
+
+def check_generate(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+    """Raises ValueError for a mask that does not fit the tokens (B, T) that `generate` gets.
+
+    transformers drops a mask of nothing but ones before the model sees it, whatever its shape.
+    """
+    check_tensors(input_ids=input_ids, attention_mask=attention_mask)
+    if input_ids is None or attention_mask is None or input_ids.dim() != 2:
+        return
+    _check_mask_shape(attention_mask, *input_ids.shape)
+
+
+def _check_mask_shape(attention_mask: torch.Tensor, lanes: int, steps: int) -> None:
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != lanes or attention_mask.shape[1] < steps:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; expected ({lanes}, {steps}), one number for each"
+            " token (0 = not read)"
+        )
 
 
 def check_labels(labels: torch.Tensor | None, given: torch.Tensor | None) -> None:
@@ -104,8 +123,8 @@ def check_inputs(
             f"reset has shape {_lanes_first(reset_KB)} and type {reset_KB.dtype}; expected {shape[:2]} like"
             " input_ids, bool"
         )
-    if recompute_every < 0:
-        raise ValueError(f"recompute_every is {recompute_every}; expected 0 (off) or a number of steps")
+    if not isinstance(recompute_every, int) or recompute_every < 0:
+        raise ValueError(f"recompute_every is {recompute_every!r}; expected 0 (off) or a number of steps")
 
 
 def check_state(state_BSE: torch.Tensor | None, lanes: int, config: PreTrainedConfig) -> None:
@@ -121,6 +140,12 @@ def check_state(state_BSE: torch.Tensor | None, lanes: int, config: PreTrainedCo
         raise ValueError(f"past_hidden_states has type {state_BSE.dtype}; expected floating-point numbers")
 
 
+def check_device(state_BSE: torch.Tensor | None, like: torch.Tensor) -> None:
+    """Raises ValueError for a state without numbers; one on another device than the weights is brought to them."""
+    if state_BSE is not None and state_BSE.is_meta and not like.is_meta:
+        raise ValueError(f"past_hidden_states is on the device 'meta', without numbers; the model is on {like.device}")
+
+
 def read_mask(
     attention_mask: torch.Tensor | None, given_TB: torch.Tensor, cache: GPTBCache | None = None
 ) -> torch.Tensor | None:
@@ -133,11 +158,7 @@ def read_mask(
         return None
     check_tensors(attention_mask=attention_mask)
     steps, lanes = given_TB.shape[:2]
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != lanes or attention_mask.shape[1] < steps:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; expected ({lanes}, {steps}), one number for each"
-            " token (0 = not read)"
-        )
+    _check_mask_shape(attention_mask, lanes, steps)
     covered = attention_mask.shape[1]
     if isinstance(cache, GPTBCache) and cache.layer.begins_here and covered not in (steps, cache.layer.seen + steps):
         raise ValueError(

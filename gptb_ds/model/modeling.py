@@ -18,7 +18,7 @@ from .attention import NAME as SLOT_ATTENTION
 from .cache import GPTBCache
 from .configuration import GPTBConfig, as_gptb_config
 from .gradient_sums import Fp32GradientSums
-from .input_checks import check_labels, check_logits_to_keep
+from .input_checks import check_generate, check_labels, check_logits_to_keep
 from .loss import causal_loss
 from .outputs import GPTBOutput
 from .recurrence import Shared, SlotRecurrence
@@ -153,9 +153,8 @@ class RecurrentLM(WindowModel):
         output_hidden_states: bool | int | Sequence[int] | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **ignored: object,
+        **others: Any,
     ) -> GPTBOutput | tuple[object, ...]:
         """A causal language model's forward; unpacks as the original's loop does: `logits, past_hidden_states, loss`.
 
@@ -167,6 +166,9 @@ class RecurrentLM(WindowModel):
 
         Raises ValueError as `SlotRecurrence.forward` does, and for labels of another shape or outside the vocabulary.
         """
+        # Not a named argument: transformers' Trainer takes every name with "label" in it for one that data must have
+        # (utils/generic.py, find_labels), and without it leaves the loss out of an evaluation.
+        shift_labels = others.pop("shift_labels", None)
         targets = shift_labels if shift_labels is not None else labels
         check_labels(targets, input_ids if input_ids is not None else inputs_embeds)
         keep_last = check_logits_to_keep(logits_to_keep)
@@ -182,7 +184,7 @@ class RecurrentLM(WindowModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
             keep_last=0 if targets is not None else keep_last,
-            **ignored,
+            **others,
         )
         hidden_BTE = hidden.last_hidden_state
         if isinstance(logits_to_keep, torch.Tensor) and targets is None:
@@ -212,6 +214,7 @@ class RecurrentLM(WindowModel):
         """
         cache = kwargs.get("past_key_values")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
+        check_generate(ids, kwargs.get("attention_mask"))
         if isinstance(cache, GPTBCache) and cache.layer.seen and ids is not None and ids.dim() == 2:
             kwargs["attention_mask"] = _mask_after(cache, ids, kwargs.get("attention_mask"))
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]

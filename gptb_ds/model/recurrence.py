@@ -17,7 +17,15 @@ from transformers import PreTrainedConfig
 from .cache import GPTBCache
 from .compiled_step import CompiledStep
 from .gradient_sums import Fp32GradientSums, recomputed_in
-from .input_checks import check_inputs, check_options, check_tensors, chosen_layers, read_mask, state_of
+from .input_checks import (
+    check_device,
+    check_inputs,
+    check_options,
+    check_tensors,
+    chosen_layers,
+    read_mask,
+    state_of,
+)
 from .outputs import GPTBModelOutput
 
 # Columns embedded and kept at once when no gradient is needed: the memory of a prompt of any length.
@@ -174,6 +182,7 @@ class SlotRecurrence(nn.Module):
         state = past_hidden_states
         if past_key_values is not None:
             state = state_of(past_key_values, state, self.config, given.shape[1])
+        check_device(state, self.initial_embeds)
         if use_cache is None:
             use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
         cache = (past_key_values or GPTBCache()) if use_cache else None
