@@ -147,7 +147,8 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Context, gradient: torch.Tensor) -> tuple[None, None, None]:
         (ids,) = ctx.saved_tensors
         rows = _wide(gradient.reshape(-1, gradient.shape[-1]))
-        ctx.table.add(rows.new_zeros(ctx.table.shape).index_add_(0, ids.reshape(-1), rows))
+        # Not `index_add_`: on CUDA it adds in no fixed order, and a run would not repeat bit by bit. This sorts first.
+        ctx.table.add(torch.ops.aten.embedding_dense_backward(rows, ids.reshape(-1), ctx.table.shape[0], -1, False))
         return None, None, None
 
 

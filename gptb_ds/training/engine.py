@@ -201,8 +201,9 @@ class Engine:
             loss, new_state = self._deepspeed(
                 window.input_ids, window.targets, window.reset, state, window.loss_weights
             )
-            # A loss that is not finite makes its gradients so: then every rank learns of it, and skips.
-            self._deepspeed.backward(loss * torch.where(loss.detach().isfinite(), scale, math.nan))
+            # A loss that is not finite makes its gradients so (0 x inf and 0 x nan are nan): then every rank learns of
+            # it, and skips. Not `torch.where` with two numbers: it copies each to the device, and waits for that.
+            self._deepspeed.backward(loss * (loss.detach() * 0.0 + scale))
             shared[0] += loss.detach().double()
             if self._counter.right is not None:
                 shared[2] += self._counter.right
@@ -213,11 +214,12 @@ class Engine:
         for number, raised in enumerate(flags(), start=3):
             if raised:
                 shared[number].fill_(1.0)  # a constant of the kernel: nothing is copied to the device
-        loss_sum, squared_norms, right, *raised_by = self.world.sum(shared).tolist()
-        norm = self._deepspeed.get_global_grad_norm()
+        norm, (loss_sum, squared_norms, right, *raised_by) = _read(
+            self._deepspeed.get_global_grad_norm(), self.world.sum(shared)
+        )
         result = UpdateResult(
             loss=loss_sum / counted if counted else None,
-            grad_norm=math.nan if norm is None else float(norm),
+            grad_norm=norm,
             applied=bool(self._deepspeed.was_step_applied()),
             # What arrived at the hooks was a part's sum divided by counted / ranks. Its mean is `groups` times that.
             part_norm=None if self._norms is None else squared_norms * len(groups) / self.world.size,
@@ -237,3 +239,12 @@ class Engine:
             self._deepspeed.set_train_micro_batch_size(lanes)
             self._deepspeed.set_train_batch_size(lanes * self.world.size * groups)
             self._groups = groups
+
+
+def _read(norm: torch.Tensor | float | None, numbers: torch.Tensor) -> tuple[float, list[float]]:
+    """DeepSpeed's gradient norm (nan when it has none) and these numbers, on the host: one wait for the device."""
+    if isinstance(norm, torch.Tensor) and norm.device == numbers.device:
+        norm, *values = torch.cat((norm.to(numbers.dtype).reshape(1), numbers)).tolist()
+    else:
+        values = numbers.tolist()
+    return math.nan if norm is None else float(norm), values

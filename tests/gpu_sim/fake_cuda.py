@@ -279,7 +279,7 @@ def _over_gloo(name):
         options.pop("async_op", None)
         real(*map(to_host, args), **{key: to_host(value) for key, value in options.items()})
         for value, host in hosts:
-            value.copy_(host)
+            value.copy_(host, non_blocking=True)
         return _Done()
 
     setattr(dist, name, call)

@@ -57,12 +57,14 @@ def test_nothing_in_a_window_waits_or_is_copied(results, case):
     assert results[case]["copies"] == {}
 
 
-# Host waits of an update. Ours is one, for the loss that all ranks share; at stage 0 in fp32 our optimizer asks for the
-# norm too. The others are DeepSpeed's, once an update and not once a parameter: at stage 0 in bf16 the norm, whether it
-# is finite, and the factor to clip by; from stage 1 on also the norm of each parameter group (two of them), in bf16
-# whether a gradient overflowed; at stage 3 two streams, one a bucket of gradients.
+# Host waits of an update. Ours is one, for the loss that all ranks share and the gradient norm; at stage 0 in fp32 our
+# optimizer asks for the norm before. The others are DeepSpeed's, once an update or parameter group (there are two), not
+# once a parameter. At stage 0 in bf16: a norm of each group, read twice and sent back to the device. At stages 1 and 2:
+# for each group a constant that is sent, read where the norm is masked with it (`mask_nan_or_inf_with_val_inplace`),
+# and whether the norm is valid; that once more for both; in bf16 whether a gradient overflowed. At stage 3: for each
+# group the constant; whether the norm is valid; and two streams, one a bucket of gradients.
 WAITS = {
-    "0:fp32": 2, "0:bf16": 5, "1:fp32": 5, "1:bf16": 6, "2:fp32": 5, "2:bf16": 6, "3:fp32": 5, "3:bf16": 5,
+    "0:fp32": 2, "0:bf16": 7, "1:fp32": 8, "1:bf16": 9, "2:fp32": 8, "2:bf16": 9, "3:fp32": 6, "3:bf16": 6,
 }  # fmt: skip
 
 
