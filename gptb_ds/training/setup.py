@@ -247,7 +247,8 @@ def _headline(config: Config, world: World, trainer: Trainer, in_tf32: bool) -> 
     plain = facts.train.updates_per_window == ["1"]
     taken = "an update" if plain else f"a window, in {' '.join(facts.train.updates_per_window)} updates"
     precision = facts.train.precision + (" (products in TF32)" if in_tf32 else "")
-    kinds = {"gptb": f"{config.model.num_slots} slots", "gpt2": "GPT-2", "lstm": "LSTM"}
+    over = "" if config.model.backbone == "gpt2" else f" over {config.model.backbone}"
+    kinds = {"gptb": f"{config.model.num_slots} slots{over}", "gpt2": "GPT-2", "lstm": "LSTM"}
     kind = kinds[config.model.kind]
     curriculum = trainer.data.windows.curriculum
     lengths = ""

@@ -58,7 +58,8 @@ def trained(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 def test_a_run_resumes_bit_for_bit(family: str, trained, store: Path, tmp_path: Path) -> None:
     run = trained(family)
     again = rewind(run, tmp_path / "again", 1)
-    assert "resuming from" in train(again, store, **keys(family)).text(0)
+    said = train(again, store, **keys(family)).text(0)
+    assert "resuming from" in said and f"4 slots over {family};" in said
     assert metrics(again) == metrics(run)
     assert file_checksums(again, 3) == file_checksums(run, 3)
 
