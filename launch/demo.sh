@@ -16,8 +16,8 @@ python -c 'import sys, torch; sys.exit(torch.cuda.device_count() == 0)' || expor
 bash launch/one_node.sh --config demo --deepspeed_config ds_configs/zero1.json "$@" --data.path "$store" --run.dir "$run"
 
 echo
-# All of the held-out text, in pieces that each start without a memory: a cautious figure.
-gptb-ds evaluate "$run" --data "$store" --max-document-tokens 2048
+# All of the held-out text: documents read as wholes, and in the pieces of training, which each start without a memory.
+gptb-ds evaluate "$run" --data "$store" --reset-every
 gptb-ds plot "$run" --out "$run/loss.png"
 echo
 echo "The model writes:"

@@ -38,7 +38,7 @@ LABELS = {
     "warm-up": "AdamW, batch warm-up",
     "muon": "Muon",
     "both": "Muon, batch warm-up",
-    "late": "Muon, merging late, lanes out of step",
+    "late": "Muon, merging late, rate by root, lanes out of step",
 }
 # The last updates of a phase, as shares of the run; the phases make updates of 512, then 2,048, then 8,192 tokens.
 MERGES = {"warm-up": (0.4, 0.6, 0.8), "both": (0.4, 0.6, 0.8), "late": (0.6, 0.8, 0.9)}
@@ -53,7 +53,8 @@ def settings(contender: str, size: int, tokens: int) -> Line:
     if contender in ("muon", "both", "late"):
         over["optim.name"] = "muon"
     if contender == "late":
-        over["data.stagger"] = True
+        # The narrow run's rate, which grows with the root of an update's tokens.
+        over |= {"data.stagger": True, "optim.lr_scaling": "sqrt", "optim.lr_tokens": SMALL}
     if contender in MERGES and size > SMALL:
         most = size // SMALL
         phases = zip((most, max(1, most // 4), max(1, most // 16)), MERGES[contender], strict=True)
@@ -111,7 +112,8 @@ class Cells:
         pairs = self.pairs()
         ends = [pair for pair in pairs if pair[1] in (SMALL, 32768) and pair[0] != "half-life"]
         for contender, size in pairs:
-            yield self._name(contender, size, FIRST_RATE[self._args.model][size], 0)
+            rate = FIRST_RATE[self._args.model][SMALL if contender == "late" else size]
+            yield self._name(contender, size, rate, 0)
         for chosen in (ends, [pair for pair in pairs if pair not in ends]):
             for contender, size in chosen:
                 yield from self._near_the_best(contender, size)
