@@ -19,6 +19,7 @@ from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedConfig, Pr
 from gptb_ds import model as model_package
 from gptb_ds.atomic_files import sync_path
 from gptb_ds.baselines import GPT2Baseline
+from gptb_ds.data.tokenization import for_other_programs
 from gptb_ds.loading import load_any
 from gptb_ds.model.configuration import UNLIMITED, GPTBConfig
 from gptb_ds.model.decoder import AnyGPTB
@@ -67,6 +68,7 @@ def export(options: ExportOptions) -> Path:
         # Other programs take n_positions for the longest text; slots have positions here, tokens have no limit.
         config.slot_positions, config.n_positions = config.position_rows, UNLIMITED
     config.auto_map = AUTO_MAP if isinstance(config, GPTBConfig) else DECODER_AUTO_MAP
+    tokenizer = for_other_programs(tokenizer)
     tokenizer.model_max_length = UNLIMITED
     tokenizer.padding_side = "left"
     # A tokenizer in Python saves what it was made with, not what it was set to.
@@ -155,12 +157,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 # trust_remote_code: the model's code is in the folder; not needed where gptb_ds is imported
 tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-prompt = tokenizer((tokenizer.eos_token or tokenizer.bos_token) + "Once upon a time", add_special_tokens=False,
-                   return_tensors="pt")
+prompt = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100, do_sample=True, top_k=0)[0]))
 ```
 
-A document began with the end of text in training, so a prompt does. `past_key_values` is the state; it can be saved
+A document began with the end of text in training, so a prompt does: the tokenizer puts it there
+(`add_special_tokens=False` leaves it out, for text that goes on). `past_key_values` is the state; it can be saved
 (`past_key_values.save(file, model)`).
 """
 

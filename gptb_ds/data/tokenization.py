@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -118,18 +118,84 @@ def tokenizer_name(tokenizer: Tokenizer) -> str:
 
 def is_bytes(tokenizer: Tokenizer) -> bool:
     """Whether text is encoded as its UTF-8 bytes, three above their values (ByT5, Xue et al. 2022)."""
-    return type(tokenizer).__name__ == "ByT5Tokenizer"
+    if type(tokenizer).__name__ == "ByT5Tokenizer":
+        return True
+    ids = _byte_vocabulary()
+    return len(tokenizer) == len(ids) and tokenizer.get_vocab() == ids
+
+
+def for_other_programs(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer for an exported folder: the same tokens, and what it makes of a text begins with the end of text.
+
+    So documents begin in training, and so must a prompt, also one that `pipeline` or lm_eval encodes, who know nothing
+    of it. ByT5's tokenizer puts the end of text behind a text instead, where the model takes it for the end of its
+    prompt; the byte tokenizer is therefore written as one of the library tokenizers. `add_special_tokens=False` encodes
+    without. A tokenizer that puts tokens of its own around a text, or is written in Python, is left as it is.
+    """
+    from tokenizers import processors
+
+    made = _fast_bytes() if is_bytes(tokenizer) else tokenizer
+    backend = getattr(made, "backend_tokenizer", None)
+    if backend is None or made("a").input_ids != made("a", add_special_tokens=False).input_ids:
+        return tokenizer
+    eot = eot_id(made)
+    name = made.convert_ids_to_tokens(eot)
+    begin = processors.TemplateProcessing(f"{name} $A", f"{name} $A $B:1", [(name, eot)])
+    kept = backend.post_processor
+    backend.post_processor = begin if kept is None else processors.Sequence([kept, begin])
+    return made
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    """ByT5's ids, with the bytes spelt as the library tokenizers spells them."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    special = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    return special | {character: byte + 3 for byte, character in bytes_to_unicode().items()}
+
+
+def _fast_bytes() -> Tokenizer:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(_byte_vocabulary(), []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(name, special=True) for name in ("<pad>", "</s>", "<unk>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Equal for tokenizers that give equal ids, wherever they came from."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    """Equal for tokenizers that give equal ids, wherever they came from, also from an exported folder."""
+    from transformers import ByT5Tokenizer
+
+    if is_bytes(tokenizer):
+        tokenizer = ByT5Tokenizer(extra_ids=0) if eot_id(tokenizer) == 1 else tokenizer
+    backend, eot = getattr(tokenizer, "backend_tokenizer", None), tokenizer.convert_ids_to_tokens(eot_id(tokenizer))
     facts = [
-        type(tokenizer).__name__ if backend is None else json.loads(backend.to_str()),
+        type(tokenizer).__name__ if backend is None else _without_beginning(json.loads(backend.to_str()), eot),
         sorted(tokenizer.get_vocab().items()),
         eot_id(tokenizer),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _without_beginning(backend: dict[str, Any], eot: object) -> dict[str, Any]:
+    """A tokenizer's file without what `for_other_programs` added."""
+    steps = backend.get("post_processor") or {}
+    parts = steps.get("processors", [steps]) if steps.get("type") == "Sequence" else [steps]
+    single = parts[-1].get("single", []) if parts[-1].get("type") == "TemplateProcessing" else []
+    if [next(iter(piece)) for piece in single] != ["SpecialToken", "Sequence"] or single[0]["SpecialToken"][
+        "id"
+    ] != eot:
+        return backend
+    return backend | {"post_processor": parts[0] if len(parts) > 1 else None}
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 import gptb_ds.model
 from gptb_ds import export as export_module
@@ -111,7 +111,7 @@ def test_a_full_disk_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: p
     if where == "weights":
         monkeypatch.setattr("gptb_ds.model.GPTBLMHeadModel.save_pretrained", full)
     elif where == "tokenizer":
-        monkeypatch.setattr(ByT5Tokenizer, "save_pretrained", full)
+        monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
     else:
         monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space left") as error:

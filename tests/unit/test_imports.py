@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": {"data", "loading", "model", "text_stream"},
     "prefix_tree": {"model"},
     "lm_eval": {"data", "generation", "loading", "model", "prefix_tree"},
-    "export": {"atomic_files", "baselines", "loading", "model"},
+    "export": {"atomic_files", "baselines", "data", "loading", "model"},
     "training": {"atomic_files", "checkpoint", "config", "data", "distributed", "exit_codes", "model"}
     | {"evaluation", "extension_builds", "generation", "loading", "model_choice"},
     "plot": {"state_use", "training"},

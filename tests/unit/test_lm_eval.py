@@ -120,6 +120,16 @@ def test_generated_text_ends_at_a_stop_string_and_is_that_of_the_other_backend(f
     assert all(len(row[0].encode()) <= 12 * 3 and "e" not in row[0] for row in ours)
 
 
+@pytest.mark.parametrize("task", ["choices", "answers", "free"])
+def test_without_any_flag_both_backends_begin_with_the_end_of_text(files: Path, task: str) -> None:
+    ours, theirs = scores(files, "gptb", task), scores(files, "hf", task, trust_remote_code=True)
+    if task == "free":
+        assert ours == theirs
+        return
+    for our, their in zip(ours, theirs, strict=True):
+        assert [gain for gain, _ in our] == pytest.approx([gain for gain, _ in their], abs=1e-4)
+
+
 @pytest.mark.slow  # lm_eval looks through all its tasks first
 def test_the_command_knows_gptb(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
