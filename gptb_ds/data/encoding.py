@@ -113,8 +113,7 @@ class Encoder:
             ids, counted = ids[:-1], None if counted is None else counted[:-1]
         if len(ids) and ids[0] == self.eot:
             ids, counted = ids[1:], None if counted is None else counted[1:]
-        text = str(self.tokenizer.decode(ids.tolist()))
-        return self._filled(ids, counted, len(text.encode(errors="replace")), ids.tobytes())
+        return self._filled(ids, counted, tokenization.size_of_text(self.tokenizer, ids), ids.tobytes())
 
     def _filled(
         self, ids: npt.NDArray[np.integer], counted: npt.NDArray[np.uint8] | None, size: int, content: bytes

@@ -12,9 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Literal, TypeAlias, cast
 
 from gptb_ds.data.formats import KIND_NAMES, TABLE_DELIMITERS, Format, identify, reading_errors, reason, unpacked
+from gptb_ds.data.json_values import JsonValues, unfinished
 from gptb_ds.data.sources import Reading, Source, shown
 from gptb_ds.data.tables import find_dialect, lines_of, read_rows
 
@@ -24,10 +25,9 @@ if TYPE_CHECKING:
 
     DataSet: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
-_CHUNK = 1 << 24  # bytes of a text file that are looked through at once
+_CHUNK = 1 << 20  # bytes of a text file that are looked through at once
 _ROWS_BYTES = 4 << 20  # about the most bytes of rows that are taken out of Parquet or Arrow at once
 _EXCEL = re.compile(r"sep=(.)\r?\n")
-_SPACE = re.compile(r"[ \t\r\n]*")
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what a full disk, a quota or a limit on files is reported as
 _REST = "what follows, to the end of the file, "
 
@@ -333,29 +333,31 @@ def read_json(stream: IO[bytes], name: str, fields: list[str]) -> Iterator[Recor
     """The records of JSON lines; of an array; of objects over several lines; of an object with a list of them inside.
 
     JSON lines are told from the rest by the first line that is not blank: a whole object there, or one that is broken.
+    No more than a record is in memory, and of the last of these forms the whole object.
     """
-    number, first = 1, stream.readline()
+    number, first = 1, stream.readline(_CHUNK)  # an array may be one line, of any length
     while first and not first.removeprefix(codecs.BOM_UTF8).strip():
-        number, first = number + 1, stream.readline()
-    start = first.removeprefix(codecs.BOM_UTF8).lstrip()
-    if start.startswith(b"["):
-        yield from _read_elements((start + stream.read()).decode(), name)
+        number, first = number + 1, stream.readline(_CHUNK)
+    begun = first.removeprefix(codecs.BOM_UTF8).lstrip()
+    if begun.startswith(b"["):
+        yield from _read_elements(JsonValues(begun, stream), name)
         return
-    begun = start
-    if start.startswith(b"{"):
-        whole = _whole_object(start)
+    if len(first) == _CHUNK:
+        begun += stream.readline()
+    if begun.startswith(b"{"):
+        whole = _whole_object(begun)
         if whole is None:  # broken, or over several lines
-            begun += stream.read(_CHUNK)
-            if _whole_object(begun) is not None:
-                yield from _read_values((begun + stream.read()).decode(), name, fields)
+            begun, is_object = _begin_of_object(begun, stream)
+            if is_object:
+                yield from _read_values(JsonValues(begun, stream), name, fields)
                 return
             begun += stream.readline()
         elif not all(field in whole for field in fields) or isinstance(whole[fields[0]], list):
-            begun += stream.read(_CHUNK)
-            if not begun[len(start) :].strip():
+            following = stream.read(_CHUNK)
+            if not following.strip():
                 yield from _records_inside(whole, name, fields)
                 return
-            begun += stream.readline()
+            begun += following + stream.readline()
     for at, line in enumerate(itertools.chain(io.BytesIO(begun), stream), number):
         if line.strip():
             yield Record(f"{name}:{at}", "json", line, len(line))
@@ -370,32 +372,50 @@ def _whole_object(text: bytes) -> dict[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
-def _read_elements(text: str, name: str) -> Iterator[Record]:
+def _begin_of_object(begun: bytes, stream: IO[bytes]) -> tuple[bytes, bool]:
+    """`begun` and as much more as it takes to see whether it begins with an object over lines; and whether it does."""
+    while True:
+        try:
+            json.JSONDecoder().raw_decode(begun.decode(errors="ignore"))
+            return begun, True
+        except json.JSONDecodeError as error:
+            more = stream.read(max(1 << 16, len(begun))) if unfinished(error) else b""
+        except (ValueError, RecursionError):
+            more = b""
+        if not more:
+            return begun, False
+        begun += more
+
+
+def _read_elements(values: JsonValues, name: str) -> Iterator[Record]:
     """The elements of a JSON array, one at a time: a mistake in the text costs only the elements after it."""
-    decoder, at = json.JSONDecoder(), _skip_space(text, 1)
-    number, more = 0, text[at : at + 1] != "]"
+    values.skip("[")
+    number, more = 0, values.next_sign() != "]"
     while more:
-        element, end = decoder.raw_decode(text, at)
+        element, size = values.value()
         number += 1
-        yield Record(f"{name} (record {number})", "fields", element, end - at)
-        at = _skip_space(text, end)
-        more = text[at : at + 1] == ","
-        at = _skip_space(text, at + 1) if more else at
-    if text[at : at + 1] != "]" or _skip_space(text, at + 1) != len(text):
-        raise json.JSONDecodeError("expected ',' or the array's end", text, at)
+        yield Record(f"{name} (record {number})", "fields", _as_fields(element), size)
+        more = values.skip(",")
+        values.next_sign()
+    if not values.skip("]") or values.next_sign():
+        raise values.fail("expected ',' or the array's end")
 
 
-def _read_values(text: str, name: str, fields: list[str]) -> Iterator[Record]:
+def _read_values(values: JsonValues, name: str, fields: list[str]) -> Iterator[Record]:
     """JSON values one after another, with any white space between them."""
-    decoder, at, number = json.JSONDecoder(), 0, 0
-    while at < len(text):
-        value, end = decoder.raw_decode(text, at)
+    number = 0
+    while values.next_sign():
+        value, size = values.value()
         number += 1
-        if number == 1 and _skip_space(text, end) == len(text):
+        if number == 1 and not values.next_sign() and isinstance(value, dict):
             yield from _records_inside(value, name, fields)
         else:
-            yield Record(f"{name} (record {number})", "fields", value, end - at)
-        at = _skip_space(text, end)
+            yield Record(f"{name} (record {number})", "fields", _as_fields(value), size)
+
+
+def _as_fields(value: object) -> Mapping[str, object]:
+    """A JSON value as a record's content; one that is no object is refused where its fields are looked for."""
+    return cast("Mapping[str, object]", value)
 
 
 def _records_inside(value: dict[str, object], name: str, fields: list[str]) -> Iterator[Record]:
@@ -411,7 +431,3 @@ def _records_inside(value: dict[str, object], name: str, fields: list[str]) -> I
             yield Record(f"{name} (row {number})", "fields", dict(zip(fields, row, strict=True)), len(str(row)))
     else:
         yield Record(f"{name} (record 1)", "fields", value, len(str(value)))
-
-
-def _skip_space(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()  # type: ignore[union-attr]

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from gptb_ds.data.long_texts import LONGEST, pieces
+
 if TYPE_CHECKING:
+    from transformers import BatchEncoding
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 END = "<|endoftext|>"
 _LONGEST_WORD = 64  # bytes
+_AT_ONCE = 4 * LONGEST  # characters that are tokenised at once
 
 
 def load(spec: str, texts: Iterator[str]) -> Tokenizer:
@@ -207,15 +211,62 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[npt.NDArray[np.in
         return [np.frombuffer(text.encode(), dtype=np.uint8) + np.uint16(3) for text in texts]
     for text in texts:
         text.encode()
-    ids = tokenizer(
-        list(texts),
+    rows: list[list[npt.NDArray[np.integer]]] = [[] for _ in texts]
+    for group in _groups(_numbered_pieces(tokenizer, texts)):
+        ids = _call(tokenizer, [piece for _, piece in group])["input_ids"]
+        for (number, _), row in zip(group, ids, strict=True):
+            rows[number].append(np.asarray(row, dtype=np.int32))
+    return [row[0] if len(row) == 1 else np.concatenate(row) for row in rows]
+
+
+def size_of_text(tokenizer: Tokenizer, ids: npt.NDArray[np.integer]) -> int:
+    """Bytes of the text that tokens stand for."""
+    if is_bytes(tokenizer):
+        return int(((ids >= 3) & (ids < 259)).sum())
+    return len(str(tokenizer.decode(ids.tolist())).encode(errors="replace"))
+
+
+def _numbered_pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Each text, in pieces when it is long, with its number."""
+
+    def ids_of(text: str) -> list[int]:
+        return list(_call(tokenizer, [text])["input_ids"][0])
+
+    def tokens_of(text: str) -> list[tuple[int, int | None, int, int]]:
+        found = _call(tokenizer, [text], return_offsets_mapping=True)
+        places = zip(found["input_ids"][0], found.word_ids(0), found["offset_mapping"][0], strict=True)
+        return [(token, word, start, end) for token, word, (start, end) in places]
+
+    for number, text in enumerate(texts):
+        for piece in pieces(text, ids_of, tokens_of if tokenizer.is_fast else None):
+            yield number, piece
+
+
+def _groups(numbered: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Neighbours that are tokenised at once: the library needs a hundred times the memory of their text."""
+    group: list[tuple[int, str]] = []
+    size = 0
+    for number, piece in numbered:
+        if group and size + len(piece) > _AT_ONCE:
+            yield group
+            group, size = [], 0
+        group.append((number, piece))
+        size += len(piece)
+    if group:
+        yield group
+
+
+def _call(tokenizer: Tokenizer, texts: list[str], **options: bool) -> BatchEncoding:
+    found: BatchEncoding = tokenizer(
+        texts,
         add_special_tokens=False,
         split_special_tokens=True,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
-    )["input_ids"]
-    return [np.asarray(row, dtype=np.int64) for row in ids]
+        **options,
+    )
+    return found
 
 
 def _train_bpe(spec: str, texts: Iterator[str]) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -11,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptb_ds.data import build
+from gptb_ds.data import build, long_texts, tokenization
 from gptb_ds.data.build import _batches
 from gptb_ds.data.documents import load_tokenizer, open_store
-from gptb_ds.data.readers import Record
+from gptb_ds.data.encoding import held_out_key
+from gptb_ds.data.readers import Record, read_json
 from gptb_ds.data.sources import Reading, find_sources
 from gptb_ds.data.writer import write_manifest
-from tests.harness.stores import prepare
+from tests.harness.stores import prepare, texts_of
+from tests.unit.test_text_stream import TOKENIZERS
 
 MIB = 1 << 20
 
@@ -109,3 +112,77 @@ def test_nothing_but_the_store_is_written(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(build, "write_manifest", measured)
     prepare("--source", tmp_path / "a.jsonl", "--holdout", 0.5, "--out", tmp_path / "store")
     assert 2 * len(text) < sizes[0] < 2.1 * len(text)
+
+
+@pytest.mark.parametrize("kind", ["array", "array in a line", "objects over lines"])
+def test_a_large_json_file_is_read_record_by_record(kind: str, tmp_path: Path) -> None:
+    """What is in memory is counted in what was read of the file when a record comes: no more than a few MiB ahead."""
+    records = [{"text": f"{number} " + "text " * 20_000} for number in range(200)]  # 20 MB
+    if kind == "objects over lines":
+        (tmp_path / "a.json").write_text("\n".join(json.dumps(record, indent=1) for record in records))
+    else:
+        (tmp_path / "a.json").write_text(json.dumps(records, indent=1 if kind == "array" else None))
+    with (tmp_path / "a.json").open("rb") as stream:
+        found = []
+        for number, record in enumerate(read_json(stream, "a.json", ["text"]), 1):
+            assert stream.tell() < number * 101_000 + 4 * MIB
+            found.append(record.content)
+    assert found == records
+
+
+def test_an_object_of_any_size_over_lines_is_read(tmp_path: Path) -> None:
+    records = [{"text": f"{number} " + "text " * 20_000} for number in range(200)]
+    (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": records}, indent=1))
+    prepare("--source", tmp_path / "a.json", "--out", tmp_path / "store")
+    assert texts_of(tmp_path / "store") == sorted(record["text"] for record in records)
+
+
+SOME_WORDS = ["the", "naïve", "東京", "🙂🙃", "isn't", "'no'.", " ", "\n\n", "\t", "日本語の文", "A" * 90, "</s>", "12"]
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "bytes (ByT5)"])
+def test_a_long_text_has_the_tokens_of_the_whole_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut into pieces that fit in memory, whatever the tokenizer does with blanks and at a text's beginning."""
+    monkeypatch.setattr(long_texts, "LONGEST", 700)
+    tokenizer, rng = TOKENIZERS[name], random.Random(1)
+    texts = [between.join(rng.choices(SOME_WORDS, k=900)) for between in ("", " ", "\n")]
+    texts += [" " * 3000, "hello world. " * 300, "x " + "".join(rng.choices("ACGT", k=3000)), "a1" * 1500, ""]
+    whole = [tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] for text in texts]
+    seen = []
+
+    def watched(tokenizer: object, group: list[str], **options: bool) -> object:
+        seen.extend(map(len, group))
+        return call(tokenizer, group, **options)
+
+    call = tokenization._call
+    monkeypatch.setattr(tokenization, "_call", watched)
+    assert [row.tolist() for row in tokenization.encode(tokenizer, texts)] == whole
+    if name == "byte-level BPE":
+        assert max(seen) <= 700
+
+
+def test_texts_are_tokenised_in_groups_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "_AT_ONCE", 1000)
+    numbered = [(number, "x" * size) for number, size in enumerate([10] * 500 + [999, 1, 1, 5000, 1])]
+    groups = list(tokenization._groups(iter(numbered)))
+    assert [pair for group in groups for pair in group] == numbered
+    assert all(len(group) == 1 or sum(len(piece) for _, piece in group) <= 1000 for group in groups)
+
+
+def test_a_bpe_is_trained_on_a_sample_that_no_order_changes() -> None:
+    texts = [f"text number {number}" for number in range(2000)]
+    taken = list(long_texts.sample(texts, 5000, held_out_key))
+    assert 4900 < sum(map(len, taken)) <= 5000
+    assert taken == [text for text in texts if text in set(taken)]
+    assert sorted(long_texts.sample(reversed(texts), 5000, held_out_key)) == sorted(taken)
+    assert list(long_texts.sample(texts, 1 << 20, held_out_key)) == texts
+    assert "".join(long_texts.parts(" ".join(texts) * 20)) == " ".join(texts) * 20
+
+
+def test_records_that_are_all_bad_are_left_out(tmp_path: Path) -> None:
+    """More of them than a batch holds, with a tokenizer of a library that refuses to be given nothing."""
+    lines = ["{broken"] * 300 + [json.dumps({"text": f"text {number}"}) for number in range(9)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    options = ("--tokenizer", "bpe:300", "--on-error", "skip", "--out", tmp_path / "store")
+    prepare("--source", tmp_path / "a.jsonl", *options)
+    assert texts_of(tmp_path / "store") == [f"text {number}" for number in range(9)]
