@@ -27,6 +27,8 @@ class Group(BaseModel):
 
 
 def _as_switch(value: object) -> object:
+    if isinstance(value, str):
+        return {"true": "on", "false": "off"}.get(value.lower(), value)
     return ("off", "on")[value] if isinstance(value, bool) else value
 
 
@@ -108,7 +110,11 @@ class DataConfig(Group):
     keep_state_probability: float = Field(
         0.0, ge=0, lt=1, description="so often a document starts on top of the state that the one before left"
     )
-    stagger: bool = Field(False, description="lanes out of step: each enters its first document of an epoch inside")
+    stagger: Switch = Field(
+        "auto",
+        description="lanes out of step: each enters its first document of an epoch inside (auto: with"
+        " max_document_tokens)",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -140,6 +146,11 @@ class DataConfig(Group):
     def _skips_are_lanes_and_columns(self) -> DataConfig:
         self.skips()
         return self
+
+    @property
+    def is_staggered(self) -> bool:
+        """Whether lanes are out of step."""
+        return self.stagger == "on" or (self.stagger == "auto" and self.max_document_tokens is not None)
 
     def skips(self) -> tuple[tuple[range, range], ...]:
         """(lanes, columns) of each skip. Raises ValueError naming one that is none."""

@@ -79,7 +79,7 @@ class LaneCollator:
         self.corpus, self.lanes, self.window, self.ahead = corpus, lanes, window, ahead
         self._order: Locate = ShuffledOrder(corpus.pieces(max_document_tokens), seed, corpus.shares)
         if stagger:
-            corpus.check_cuts("data.stagger true")
+            corpus.check_cuts("data.stagger on")
             self._order = StaggeredOrder(self._order, lanes, seed)
         self._own = np.arange(own.start, own.stop)
         self._block_windows = min(max(1, _BLOCK_INPUTS // (window * len(own))), _BLOCK_WINDOWS)

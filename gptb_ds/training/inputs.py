@@ -64,7 +64,7 @@ def read_inputs(config: Config, world: World) -> Inputs:
         rank=world.rank,
         world_size=world.size,
         max_document_tokens=config.data.max_document_tokens,
-        stagger=config.data.stagger,
+        stagger=config.data.is_staggered,
         curriculum=_curriculum(config, corpus),
         keep_state_probability=config.data.keep_state_probability,
         ahead=2,
@@ -84,10 +84,10 @@ def read_inputs(config: Config, world: World) -> Inputs:
     )
     held_out = _held_out(config, world, corpus)
     warnings = [] if held_out else [f"nothing is held out in {' '.join(config.data.path)}: no evaluation"]
-    if config.run.snapshot_every and config.data.max_document_tokens and not config.data.stagger:
+    if config.run.snapshot_every and config.data.max_document_tokens and not config.data.is_staggered:
         warnings.append(
             "run.snapshot_every: lanes that begin their pieces in the same column (data.max_document_tokens) make the"
-            " loss jump there each time; set data.stagger true"
+            " loss jump there each time; leave data.stagger out"
         )
     data = RunData(windows, held_out, load_tokenizer(config.data.path[0]))
     return Inputs(facts, data, model.train(), policy, warnings)
@@ -169,6 +169,8 @@ def _identity(config: Config, windows: LaneCollator, model: WindowModel) -> dict
     identity |= {f"data.{key}": getattr(data, key) for key in ("lanes", "window", "seed")}
     identity |= {f"data.{key}": getattr(data, key) for key in ("max_document_tokens", "weights")}
     identity |= {"train.seed": config.train.seed}
+    # None is also what a checkpoint says that was saved when lanes were always in step.
+    identity["data.stagger"] = "on" if data.is_staggered else None
     # None is also what a checkpoint says that was saved before there was a curriculum.
     curriculum = windows.curriculum
     identity["task.curriculum"] = (

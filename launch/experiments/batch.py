@@ -38,6 +38,7 @@ LABELS = {
     "warm-up": "AdamW, batch warm-up",
     "muon": "Muon",
     "both": "Muon, batch warm-up",
+    "stagger": "AdamW, lanes out of step",
     "late": "Muon, merging late, rate by root, lanes out of step",
 }
 # The last updates of a phase, as shares of the run; the phases make updates of 512, then 2,048, then 8,192 tokens.
@@ -46,15 +47,17 @@ MERGES = {"warm-up": (0.4, 0.6, 0.8), "both": (0.4, 0.6, 0.8), "late": (0.6, 0.8
 
 def settings(contender: str, size: int, tokens: int) -> Line:
     """What a contender sets."""
-    over: Line = {}
+    over: Line = {"data.stagger": "off"}
     if contender == "half-life":
         # AdamW's 0.95 as it is at 1,024 tokens an update. 0.9 stays, as 2507.07101 has it.
         over["optim.beta2_half_life"] = 14_000
     if contender in ("muon", "both", "late"):
         over["optim.name"] = "muon"
+    if contender == "stagger":
+        over["data.stagger"] = "on"
     if contender == "late":
         # The narrow run's rate, which grows with the root of an update's tokens.
-        over |= {"data.stagger": True, "optim.lr_scaling": "sqrt", "optim.lr_tokens": SMALL}
+        over |= {"data.stagger": "on", "optim.lr_scaling": "sqrt", "optim.lr_tokens": SMALL}
     if contender in MERGES and size > SMALL:
         most = size // SMALL
         phases = zip((most, max(1, most // 4), max(1, most // 16)), MERGES[contender], strict=True)

@@ -35,7 +35,7 @@ def cells_of(batch: ModuleType, folder: Path, **over: object) -> tuple[argparse.
 def test_every_cell_is_a_run(batch: ModuleType, model: str, tmp_path: Path):
     _, cells = cells_of(batch, tmp_path, model=model, contenders=list(batch.LABELS), sizes=list(batch.SIZES))
     wanted = cells.wanted()
-    assert len(wanted) == len(cells.pairs()) == 22
+    assert len(wanted) == len(cells.pairs()) == 26
     for cell in wanted:
         config = load_config(None, cell.keys)
         assert config.data.lanes * config.data.window == cell.name["size"]

@@ -201,3 +201,13 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytes
     assert main(["plot", str(tmp_path), "--out", str(tmp_path / "none/loss.png")]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "none/loss.png: No such file or directory" in error
+
+
+def test_lanes_are_out_of_step_where_documents_are_cut(tmp_path: Path):
+    for options, expected in (
+        ({}, False),
+        ({"data.max_document_tokens": 9}, True),
+        ({"data.max_document_tokens": 9, "data.stagger": "off"}, False),
+        ({"data.stagger": "true"}, True),
+    ):
+        assert load_config(None, {"data.path": "s", **options}).data.is_staggered is expected

@@ -188,7 +188,7 @@ def test_a_task_stands_alone_and_is_not_cut(tmp_path: Path) -> None:
     prepare("--source", "task:parity?count=50", "--out", out)
     with pytest.raises(ValueError, match="documents of a generated task can't be cut"):
         LaneCollator(open_corpus([out]), lanes=2, window=4, seed=0, max_document_tokens=5)
-    with pytest.raises(ValueError, match=r"data.stagger true: the documents of a generated task can't be cut"):
+    with pytest.raises(ValueError, match=r"data.stagger on: the documents of a generated task can't be cut"):
         LaneCollator(open_corpus([out]), lanes=2, window=4, seed=0, stagger=True)
 
 
