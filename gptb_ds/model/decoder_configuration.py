@@ -59,7 +59,12 @@ class GPTBDecoderConfig(PreTrainedConfig):
 
     def identity(self) -> dict[str, object]:
         """What makes the backbone the one that it is, for who has to tell it from another."""
-        names = ("model_type", "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rope_parameters")
+        names = (
+            *("model_type", "num_key_value_heads", "head_dim", "intermediate_size", "layer_types", "sliding_window"),
+            *("hidden_act", "hidden_activation", "rope_parameters", "rms_norm_eps", "layer_norm_eps", "attention_bias"),
+            *("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "use_parallel_residual"),
+            *("logit_scale", "logits_scaling", "embedding_multiplier", "attention_multiplier", "residual_multiplier"),
+        )
         found = {f"backbone.{name}": getattr(self.backbone, name, None) for name in names}
         return found | {"tie_word_embeddings": self.tie_word_embeddings}
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from gptb_ds import GPTBConfig, GPTBLMHeadModel
@@ -208,11 +209,20 @@ def test_one_step_exports_with_the_state_as_input_and_output() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_close() -> None:
-    model, ids, reset = small_decoder("llama"), random_ids(B, T), resets()
-    plain = model(ids, reset=reset).logits
-    model.compile_step(backend="aot_eager")
-    torch.testing.assert_close(model(ids, reset=reset).logits, plain, rtol=1e-3, atol=1e-4)
+@each_family
+def test_a_step_is_compiled_once_and_gives_the_same_gradients(family: str) -> None:
+    model = small_decoder(family)
+    want = gradients(model, 0, fp32_sums=False)
+    made: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        made.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    model.compile_step(backend=backend)
+    assert error(gradients(model, 0, fp32_sums=False), want) < 1e-5
+    assert error(gradients(model, 4, fp32_sums=True), want) < 1e-4
+    assert len(made) <= 2  # one for each kind of sums
 
 
 def test_muon_tells_fused_maps_apart() -> None:
