@@ -162,7 +162,7 @@ RUNS: dict[str, dict[str, object]] = {
     "stage 1 fp32": {"train.precision": "fp32"},
     "stage 1 bf16": {"train.precision": "bf16", "model.dropout": 0.1},
     "stage 3 bf16": {"train.precision": "bf16", "stage": 3, "train.lane_groups": 2},
-    "stage 1 bf16 compiled": {"train.precision": "bf16", "train.compile": True},
+    "stage 1 bf16 compiled": {"train.precision": "bf16", "train.compile": "on"},
 }
 
 
