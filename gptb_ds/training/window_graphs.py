@@ -120,9 +120,14 @@ class WindowGraphs:
         pairs += zip(self._objective.buffers(), self._twin.buffers(), strict=True)  # type: ignore[arg-type]
         moved = [(real, twin) for real, twin in pairs if real.data_ptr() != twin.data_ptr() or real.dtype != twin.dtype]
         if moved:
-            self._captured.clear()
+            self.release()
             for real, twin in moved:
                 twin.data = real.data
+
+    def release(self) -> None:
+        """Gives the graphs' memory back, however long this object lives: DeepSpeed's engine keeps what it wraps."""
+        self._captured.clear()
+        self._pool = None
 
     def _capture(self, shape: tuple[object, ...], given: list[torch.Tensor]) -> bool:
         if len(self._captured) == MOST_SHAPES:

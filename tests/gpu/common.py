@@ -62,3 +62,11 @@ def rates(model: GPTBLMHeadModel, tokens: int, taken: float) -> dict[str, float]
     peak, _ = peak_flops(GPU, "bf16", 4096, 1024)
     done = flops_per_token(model) * tokens / taken
     return {"tokens/s": tokens / taken, "TFLOP/s": done / 1e12, "MFU": done / peak}
+
+
+def show(section: str, found: dict[str, Any]) -> None:
+    """Prints the rows of a part of the report."""
+    for row, values in found.items():
+        cells = values.items() if isinstance(values, dict) else [("", values)]
+        text = "  ".join(f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}".strip() for name, v in cells)
+        print(f"{section:<13} {row:<34} {text}", flush=True)

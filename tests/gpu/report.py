@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from tests.gpu import numerics, speed, trained, training
-from tests.gpu.common import GPU, STARTED
+from tests.gpu.common import GPU, STARTED, show
 
 # Graphs come last: a capture that breaks off leaves the process unfit for more.
 SECTIONS = [
@@ -34,14 +34,9 @@ SECTIONS = [
     speed.graph,
     trained.captured,
     trained.trained_speed,
+    trained.compiled_speed,
+    trained.trainer,
 ]
-
-
-def show(section: str, found: dict[str, Any]) -> None:
-    for row, values in found.items():
-        cells = values.items() if isinstance(values, dict) else [("", values)]
-        text = "  ".join(f"{name} {v:.4g}" if isinstance(v, float) else f"{name} {v}".strip() for name, v in cells)
-        print(f"{section:<13} {row:<34} {text}", flush=True)
 
 
 def main(path: str = "gpu-report.json", *only: str) -> int:

@@ -6,7 +6,11 @@ Axes: B lanes, K steps.
 from __future__ import annotations
 
 import gc
+import json
+import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,20 +20,24 @@ from gptb_ds.config import OptimConfig
 from gptb_ds.data.window import Window
 from gptb_ds.model.objective import WindowObjective
 from gptb_ds.training.compilation import compile_step
-from tests.gpu.common import GPT2_SMALL, GPT2_VOCAB, GPU, VOCAB, rates, seconds, seconds_left, small_model, window
-from tests.gpu.training import world
+from tests.gpu.common import (
+    GPT2_SMALL,
+    GPT2_VOCAB,
+    GPU,
+    VOCAB,
+    rates,
+    seconds,
+    seconds_left,
+    show,
+    small_model,
+    window,
+)
+from tests.gpu.training import run_command, same_runs, world
+from tests.harness.training import TINY, write_corpus
 
-# (lanes, graph, compiled) at K=16. A number of lanes is compiled for itself, which takes a minute.
-TRAINED = [
-    (64, "off", False),
-    (64, "on", False),
-    (64, "on", True),
-    (256, "off", False),
-    (256, "on", False),
-    (1024, "off", False),
-    (1024, "on", False),
-    (1024, "on", True),
-]
+# (lanes, graph) at K=16. A number of lanes is compiled for itself, which takes a minute.
+TRAINED = [(64, "off"), (64, "on"), (1024, "off"), (1024, "on")]
+COMPILED = [(64, "on"), (1024, "on"), (1024, "off")]
 
 
 def make_engine(model: Any, lanes: int, groups: int, *, stage: int, precision: str, graph: str, recompute: int = 0):
@@ -90,12 +98,18 @@ def captured() -> dict[str, Any]:
 
 
 def trained_speed() -> dict[str, Any]:
-    """124M, S=20, K=16, bf16, ZeRO 1, whole updates: tokens/s and MFU plain, as graphs, as graphs of a compiled step.
+    """124M, S=20, K=16, bf16, ZeRO 1, whole updates: tokens/s and MFU, plain and as graphs, with peak memory."""
+    return _costs(TRAINED, compiled=False)
 
-    With peak memory, and for graphs the time until the first replay (capture, and compilation).
-    """
+
+def compiled_speed() -> dict[str, Any]:
+    """As `trained_speed`, with a compiled step. "first s" is the time until the first update was made."""
+    return _costs(COMPILED, compiled=True)
+
+
+def _costs(shapes: list[tuple[int, str]], *, compiled: bool) -> dict[str, Any]:
     rows: dict[str, Any] = {}
-    for lanes, graph, compiled in TRAINED:
+    for lanes, graph in shapes:
         name = f"{lanes} lanes, graph {graph}" + (", compiled" if compiled else "")
         if seconds_left() < 60:
             rows[name] = {"left out": "no time"}
@@ -104,6 +118,7 @@ def trained_speed() -> dict[str, Any]:
             rows[name] = _update_cost(lanes, graph, compiled)
         except torch.OutOfMemoryError as error:
             rows[name] = {"out of memory": str(error).splitlines()[0][:100]}
+        show("so far", {name: rows[name]})
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
@@ -112,7 +127,7 @@ def trained_speed() -> dict[str, Any]:
 
 def _update_cost(lanes: int, graph: str, compiled: bool) -> dict[str, Any]:
     model, said = small_model(GPT2_VOCAB, **GPT2_SMALL), []
-    counted = rates(model, 1, 1.0)["TFLOP/s"]
+    per_token = rates(model, 1, 1.0)  # now: at ZeRO-3 it would not be whole any more
     if compiled:
         compile_step(model, said.append)
     engine, lines = make_engine(model, lanes, 1, stage=1, precision="bf16", graph=graph)
@@ -129,10 +144,53 @@ def _update_cost(lanes: int, graph: str, compiled: bool) -> dict[str, Any]:
     first = time.monotonic() - began
     taken = seconds(update, 3)
     rate = 16 * lanes / taken
-    peak = rates(model, 1, 1.0)["TFLOP/s"] / rates(model, 1, 1.0)["MFU"]
-    row = {"tokens/s": rate, "MFU": counted * rate / peak, "ms": taken * 1e3, "first s": first}
+    row = {"tokens/s": rate, "MFU": per_token["MFU"] * rate, "ms": taken * 1e3, "first s": first}
     row |= {"peak GiB": torch.cuda.max_memory_allocated() / 2**30}
+    if engine.graphs is not None:
+        engine.graphs.release()
     return row | ({"said": "; ".join(said + lines)} if said or lines else {})
+
+
+# Two sizes of run, each with windows as graphs and without.
+RUNS: dict[str, dict[str, object]] = {
+    "2 blocks, E=128": {"model.n_layer": 2, "model.n_embd": 128, "model.n_head": 4, "model.num_slots": 8},
+    "12 blocks, E=768": {"model.n_layer": 12, "model.n_embd": 768, "model.n_head": 12, "model.num_slots": 20},
+}
+
+
+def trainer() -> dict[str, Any]:
+    """The command in bf16, 64 lanes, K=16, with windows as CUDA graphs and without: what it wrote, and its speed.
+
+    "same" compares metrics and the last checkpoint to the last bit. One run after the other, for their speeds.
+    """
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        texts = write_corpus(folder / "texts")
+        run_command("prepare", "--source", texts, "--out", folder / "store", "--holdout", "0.2")
+        for kind, model in RUNS.items():
+            if seconds_left() < 60:
+                rows[kind] = {"left out": "no time"}
+                continue
+            values = TINY | {"data.lanes": 64, "data.window": 16, "train.precision": "bf16", "train.updates": 40}
+            values |= {"run.eval_every": 0, "run.save_every": 0, "data.path": folder / "store"} | model
+            for graph in ("off", "on"):
+                own = values | {"run.dir": folder / kind / graph, "train.graph": graph}
+                said = run_command("train", *(word for key, value in own.items() for word in (f"--{key}", value)))
+                assert "not captured" not in said, said
+            plain, replayed = folder / kind / "off", folder / kind / "on"
+            speeds = {graph: _late_speed(folder / kind / graph) for graph in ("off", "on")}
+            rows[kind] = {f"tokens/s, graph {graph}": speed for graph, speed in speeds.items()}
+            rows[kind] |= {"ratio": speeds["on"] / speeds["off"], "same": same_runs(plain, replayed, 40)}
+            show("so far", {kind: rows[kind]})
+    return rows
+
+
+def _late_speed(run: Path) -> float:
+    """The median of tokens/s over the second half of a run's updates."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    return statistics.median(speeds[len(speeds) // 2 :])
 
 
 def kernels() -> dict[str, Any]:

@@ -174,7 +174,7 @@ def resume() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts = write_corpus(folder / "texts")
-        _finish(_command("prepare", "--source", texts, "--out", folder / "store", "--holdout", "0.2"), "prepare")
+        run_command("prepare", "--source", texts, "--out", folder / "store", "--holdout", "0.2")
         rows = {}
         for turn in ("straight", "again", "resumed"):
             if turn == "resumed":
@@ -185,25 +185,29 @@ def resume() -> dict[str, Any]:
                 _finish(process, f"{kind}, {turn}")
         for kind in RUNS:
             straight, again, resumed = (folder / kind / turn for turn in ("straight", "again", "resumed"))
-            rows[kind] = {
-                "repeated": _equal(straight, again),
-                "resumed": _equal(straight, resumed),
-            }
+            rows[kind] = {"repeated": same_runs(straight, again, 12), "resumed": same_runs(straight, resumed, 12)}
         return rows
 
 
-def _finish(process: subprocess.Popen[str], what: str) -> None:
+def run_command(*words: object) -> str:
+    """`gptb-ds WORDS`, to its end; what it said. Raises RuntimeError with that when it fails."""
+    return _finish(_command(*words), str(words[0]))
+
+
+def _finish(process: subprocess.Popen[str], what: str) -> str:
     said, _ = process.communicate(timeout=300)
     if process.returncode:
         raise RuntimeError(f"{what}: exit code {process.returncode}\n{said[-3000:]}")
+    return said
 
 
-def _equal(run: Path, other: Path) -> str:
+def same_runs(run: Path, other: Path, last: int) -> str:
+    """Whether metrics (speeds left out) and checkpoints of update `last` are equal, or from where they differ."""
     lines = list(zip(metrics(run), metrics(other), strict=True))
     differing = [json.loads(one)["update"] for one, two in lines if one != two]
     if differing:
         return f"metrics differ from update {differing[0]}"
-    return "equal" if file_checksums(run, 12) == file_checksums(other, 12) else "checkpoints differ"
+    return "equal" if file_checksums(run, last) == file_checksums(other, last) else "checkpoints differ"
 
 
 def _train(folder: Path, kind: str, turn: str) -> subprocess.Popen[str]:
