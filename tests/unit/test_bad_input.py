@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from gptb_ds import GPTBLMHeadModel
 from gptb_ds.cli import main
-from gptb_ds.model import GPTBCache, GPTBDecoderConfig, GPTBDecoderLMHeadModel
+from gptb_ds.model import GPTBCache
+from tests.harness.backbones import small_decoder
 from tests.harness.models import V, random_ids, small_gptb
 
 B, T, S, E = 2, 4, 6, 16
@@ -22,14 +23,7 @@ IDS = random_ids(B, T)
 STATE = torch.zeros(B, S - 1, E)
 
 
-def small_llama() -> GPTBDecoderLMHeadModel:
-    llama = LlamaConfig(
-        vocab_size=V, hidden_size=E, intermediate_size=E, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
-    )
-    return GPTBDecoderLMHeadModel(GPTBDecoderConfig(backbone_config=llama, num_slots=S)).eval()
-
-
-MODELS = {"gpt2": small_gptb(), "llama": small_llama()}
+MODELS = {"gpt2": small_gptb(), "llama": small_decoder("llama")}
 
 FORWARD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({"input_ids": None}, "either input_ids or inputs_embeds"),
