@@ -118,6 +118,15 @@ def slow_reading(rank: int) -> None:
     CheckpointReader.fetch = slow
 
 
+def empty_compile_cache(folder: Path) -> Callable[[int], None]:
+    """What torch has compiled before is not found."""
+    return functools.partial(_compile_cache, str(folder))
+
+
+def _compile_cache(folder: str, rank: int) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+
+
 def requeued(rank: int) -> None:
     """Slurm has started this job before."""
     os.environ["SLURM_RESTART_COUNT"] = "1"
