@@ -356,6 +356,9 @@ class RunConfig(Group):
     lost_seconds: float = Field(
         30, gt=0, description="end the job when a rank or its host gives no sign of life for so long"
     )
+    profile: bool = Field(
+        False, description="measure where the time goes, into RUN/profile: a table and a trace (also: --profile)"
+    )
     stop_margin: float = Field(120, ge=0, description="seconds before the end of a Slurm job at which to stop")
     on_save_error: Literal["stop", "continue"] = Field("stop", description="when a checkpoint cannot be written")
     monitor: list[Literal["tensorboard", "csv", "wandb"]] = Field([], description="metric sinks beside metrics.jsonl")

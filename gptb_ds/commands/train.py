@@ -11,6 +11,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config`, `--deepspeed_config` and one dotted option for each key of the configuration."""
     parser.add_argument("--config", metavar="FILE", help="a recipe's name or a YAML file")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed policy, see ds_configs/")
+    parser.add_argument(
+        "--profile",
+        action="store_const",
+        const="true",
+        dest="run.profile",
+        default=argparse.SUPPRESS,
+        help="measure where the time goes: a table at the end, and a trace of three windows, in RUN/profile",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     for name, field in Config.model_fields.items():
         model = field.annotation

@@ -24,6 +24,7 @@ from gptb_ds.distributed.world import World
 from gptb_ds.extension_builds import CPU_ADAM, built
 from gptb_ds.model.objective import WindowObjective
 from gptb_ds.model.window_model import WindowModel
+from gptb_ds.phases import phase
 from gptb_ds.training.deepspeed_policy import Policy, offload_devices, zero_stage
 from gptb_ds.training.noise_scale import GradientNorms
 from gptb_ds.training.optimizers import build_optimizer, trained_parameters
@@ -198,17 +199,20 @@ class Engine:
         shared = torch.zeros(3 + len(flags()), dtype=torch.float64, device=self.world.device)
         states = []
         for window, state in groups:
-            loss, new_state = self._deepspeed(
-                window.input_ids, window.targets, window.reset, state, window.loss_weights
-            )
-            # A loss that is not finite makes its gradients so (0 x inf and 0 x nan are nan): then every rank learns of
-            # it, and skips. Not `torch.where` with two numbers: it copies each to the device, and waits for that.
-            self._deepspeed.backward(loss * (loss.detach() * 0.0 + scale))
+            with phase("forward"):
+                loss, new_state = self._deepspeed(
+                    window.input_ids, window.targets, window.reset, state, window.loss_weights
+                )
+            with phase("backward"):
+                # A loss that is not finite makes its gradients so (0 x inf and 0 x nan are nan): then every rank learns
+                # of it, and skips. Not `torch.where` with two numbers: it copies each to the device, and waits for it.
+                self._deepspeed.backward(loss * (loss.detach() * 0.0 + scale))
             shared[0] += loss.detach().double()
             if self._counter.right is not None:
                 shared[2] += self._counter.right
             states.append(new_state)
-            self._deepspeed.step()
+            with phase("optimizer"):
+                self._deepspeed.step()
         if self._norms is not None:
             shared[1] = self._norms.take()
         for number, raised in enumerate(flags(), start=3):

@@ -19,7 +19,7 @@ from gptb_ds.atomic_files import replace_file
 # One line of metrics.jsonl: `update`, and numbers by name (None: there is no such number after this update).
 Metrics = dict[str, Any]
 # What a metrics line says about speed: everything else is reproducible to the last digit on the same ranks.
-SPEEDS = frozenset({"tokens_per_second", "wait_fraction"})
+SPEEDS = frozenset({"tokens_per_second", "wait_fraction", "mfu", "memory_gib"})
 _BAR = "{n_fmt}/{total_fmt} [{remaining}]{postfix}"  # a bar of blocks would leave no room in 80 columns
 
 
@@ -172,6 +172,7 @@ class Progress:
         if bits_per_byte is not None:
             parts.append(f"bpb {bits_per_byte:.3f}")
         parts += [f"grad {line['grad_norm']:.3f}", f"lr {line['lr']:.2e}", f"{line['tokens_per_second']:,.0f} tok/s"]
+        parts += _usage(line)
         if self._bar is not None:
             self._bar.set_postfix_str(" ".join(parts), refresh=False)
             self._bar.update(line["update"] - self._bar.n)
@@ -190,6 +191,18 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _usage(line: Metrics) -> list[str]:
+    """What an update made of its hardware. A bar shows as much of it as there is room for."""
+    parts = []
+    if line.get("mfu") is not None:
+        parts.append(f"mfu {line['mfu']:.1%}")
+    if line.get("memory_gib") is not None:
+        parts.append(f"{line['memory_gib']:.1f} GiB")
+    if line.get("wait_fraction") is not None:
+        parts.append(f"wait {line['wait_fraction']:.0%}")
+    return parts
 
 
 def _duration(seconds: float) -> str:

@@ -39,6 +39,7 @@ from gptb_ds.training.metrics import read_metrics
 from gptb_ds.training.out_of_memory import out_of_memory
 from gptb_ds.training.output import forgiving_output
 from gptb_ds.training.precision import allow_tf32, with_precision
+from gptb_ds.training.profile import Profile
 from gptb_ds.training.reporter import Reporter
 from gptb_ds.training.run_folder import RunFolder
 from gptb_ds.training.schedule import BatchPlan, run_tokens
@@ -46,6 +47,7 @@ from gptb_ds.training.sinks import FOLDERS
 from gptb_ds.training.stop_requests import StopRequests
 from gptb_ds.training.train_state import RunFacts
 from gptb_ds.training.trainer import Trainer, TrainingError
+from gptb_ds.training.usage import usage_of
 
 
 def train(config: Config, stop: StopRequests) -> int:
@@ -123,10 +125,11 @@ def _set_up(config: Config, world: World, stop: StopRequests, started: float) ->
     folder = RunFolder(config.run.dir, world)
     stop_file = folder.path / "stop" if world.rank == 0 else None
     stop.watch(stop_file, config.run.max_seconds, started, config.run.stop_margin)
+    profile = Profile(folder.path / "profile", world, started) if config.run.profile else None
     # 3. Find what to resume.
     start = _find_start(inputs, folder, world, reporter)
     # 4. Build and restore.
-    trainer = _build(config, inputs, world, reporter, stop)
+    trainer = _build(inputs, world, reporter, stop, profile)
     progress_made("building the engine")
     if start.reader is not None:
         trainer.restore(start.reader)
@@ -137,6 +140,8 @@ def _set_up(config: Config, world: World, stop: StopRequests, started: float) ->
         reporter.say(f"what this run had saved beyond that is now in {kept}")
     world.on_rank0(_write_beginning, config, inputs, start, trainer, folder)
     reporter.say(_headline(config, world, trainer, in_tf32))
+    if trainer.usage is not None and trainer.usage.token_flops:
+        reporter.say(f"mfu: {trainer.usage.token_flops / 1e6:,.1f} MFLOP a token, of {trainer.usage.said} a rank")
     for warning in inputs.warnings:
         reporter.say(f"WARNING: {warning}")
     progress_made("set-up")
@@ -198,9 +203,12 @@ def _read_if_there(metrics: Path) -> bool:
     return False
 
 
-def _build(config: Config, inputs: Inputs, world: World, reporter: Reporter, stop: StopRequests) -> Trainer:
+def _build(inputs: Inputs, world: World, reporter: Reporter, stop: StopRequests, profile: Profile | None) -> Trainer:
     """The fourth stage: the engine and what trains with it."""
     facts = inputs.facts
+    lanes = facts.lanes // world.size
+    model = cast(PreTrainedModel, inputs.model)
+    usage = usage_of(model, world, facts.train.precision, lanes // facts.train.lane_groups)
     if facts.train.compile == "on":
         hindered = obstacle(zero_stage(inputs.policy))
         if hindered is None:
@@ -211,7 +219,7 @@ def _build(config: Config, inputs: Inputs, world: World, reporter: Reporter, sto
     engine = Engine(
         WindowObjective(inputs.model, facts.train.recompute_every, count_right=facts.is_task),
         world,
-        lanes=facts.lanes // world.size,
+        lanes=lanes,
         lane_groups=facts.train.lane_groups,
         precision=facts.train.precision,
         optim=facts.optim,
@@ -220,9 +228,9 @@ def _build(config: Config, inputs: Inputs, world: World, reporter: Reporter, sto
         graph=facts.train.graph,
         say=reporter.say,
     )
-    files = model_files(cast(PreTrainedModel, inputs.model), inputs.data.tokenizer)
+    files = model_files(model, inputs.data.tokenizer)
     checkpointer = Checkpointer(facts, engine, inputs.data.windows, reporter, files)
-    return Trainer(facts, inputs.data, engine, checkpointer, reporter, stop)
+    return Trainer(facts, inputs.data, engine, checkpointer, reporter, stop, usage, profile)
 
 
 def _write_beginning(config: Config, inputs: Inputs, start: _Start, trainer: Trainer, folder: RunFolder) -> None:
@@ -269,6 +277,10 @@ def _run(trainer: Trainer, folder: RunFolder, world: World) -> int:
         reason = trainer.loop()
     finally:
         trainer.data.windows.close()
+    if trainer.profile is not None:
+        table = trainer.profile.finish()
+        if world.rank == 0:
+            print(f"{table}\nprofile: {trainer.profile.table_file}, {trainer.profile.trace_file}", flush=True)
     if world.rank == 0:
         # Obeyed: left there, it would stop the run again each time it is continued.
         (folder.path / "stop").unlink(missing_ok=True)

@@ -18,17 +18,20 @@ from gptb_ds.data.collator import LaneCollator
 from gptb_ds.distributed.watchdog import progress_made
 from gptb_ds.distributed.world import AnyRank, World, derive_seed
 from gptb_ds.evaluation import HeldOut, LossSum, metrics_of
-from gptb_ds.generation import generate
 from gptb_ds.model.decoder import AnyGPTB
+from gptb_ds.phases import phase
 from gptb_ds.training.checkpointer import Checkpointer
 from gptb_ds.training.engine import Engine, UpdateResult
 from gptb_ds.training.length_curriculum import is_due, note_growth
 from gptb_ds.training.metrics import Metrics
+from gptb_ds.training.profile import Profile
 from gptb_ds.training.reporter import Reporter
+from gptb_ds.training.samples import sample_document
 from gptb_ds.training.snapshots import Snapshots
 from gptb_ds.training.stop_requests import StopRequests
 from gptb_ds.training.train_state import RunFacts
 from gptb_ds.training.updates import Update, WindowUpdates
+from gptb_ds.training.usage import Usage
 
 
 class TrainingError(RuntimeError):
@@ -55,9 +58,12 @@ class Trainer:
         checkpointer: Checkpointer,
         reporter: Reporter,
         stop: StopRequests,
+        usage: Usage | None = None,
+        profile: Profile | None = None,
     ) -> None:
         self.facts, self.data, self.engine = facts, data, engine
         self.checkpointer, self.reporter, self.stop = checkpointer, reporter, stop
+        self.usage, self.profile = usage, profile
         self.updates = WindowUpdates(facts, engine)
         self.snapshots = Snapshots(facts, engine, data.windows)
         self.state = self.updates.start()
@@ -80,6 +86,8 @@ class Trainer:
         """
         end, run = self.updates.end, self.facts.run
         self.reporter.start(self.state.update, self.updates.last_update)
+        if self.profile is not None:
+            self.profile.loop_begins()
         reason = None
         if self.state.evaluation_due or (self.state.update == 0 and run.eval_every):
             self._evaluate()
@@ -88,6 +96,8 @@ class Trainer:
             self.snapshots.take(self.state, self.updates.state_BSE, saved=True)
         while self.state.tokens < end and reason is None:
             before = self.state.update
+            if self.profile is not None:
+                self.profile.window_begins()
             results = self._train_window()
             if self.snapshots.loss_jumps(self.state, results) and self._went_back():
                 continue
@@ -105,7 +115,8 @@ class Trainer:
         """The next window and its updates; afterwards the lanes' states and the counters stand at its edge."""
         results = []
         started, waited = time.perf_counter(), self.data.windows.wait_seconds
-        window = self.data.windows.next_window()
+        with phase("data"):
+            window = self.data.windows.next_window()
         waited = self.data.windows.wait_seconds - waited
         for update in self.updates.train(window, self.state, self._flags):
             stop, self._writing = update.result.flags
@@ -177,8 +188,11 @@ class Trainer:
         if not result.applied:
             line["skipped"] = True
             self.reporter.say(f"update {state.update} skipped: loss or gradient is not finite ({state.skipped} so far)")
+        if self.usage is not None:
+            line |= self.usage.metrics(line["tokens_per_second"])
         try:
-            self.reporter.update(line)
+            with phase("logging"):
+                self.reporter.update(line)
         except OSError as error:
             raise SaveError(f"{error}; {self.checkpointer.last_good()}") from None
         if state.bad_in_row >= self.facts.train.max_bad_updates:
@@ -194,7 +208,7 @@ class Trainer:
         if held_out is None:
             return
         losses, stop = LossSum(self._world), AnyRank(self._world)
-        with self.engine.evaluating():
+        with phase("evaluation"), self.engine.evaluating():
             state_BSE = self.engine.model.empty_state(held_out.lanes // self._world.size)
             for window in held_out.windows():
                 state_BSE = losses.add(self.engine.objective, window, state_BSE)
@@ -212,11 +226,11 @@ class Trainer:
 
     def _sample(self) -> str:
         """A text from the model as it is. All ranks take part: at stage 3 no rank has the weights alone."""
-        seed = derive_seed(self.facts.train.seed, "sample")
-        with self.engine.evaluating():
+        seed, eot_id = derive_seed(self.facts.train.seed, "sample"), self.data.windows.corpus.eot_id
+        with phase("samples"), self.engine.evaluating():
             # The configuration refuses samples from another model.
-            tokens = generate(cast(AnyGPTB, self.engine.model), [], self.facts.run.sample_tokens, seed=seed)
-        return str(self.data.tokenizer.decode([t for t in tokens if t != self.data.windows.corpus.eot_id]))
+            model = cast(AnyGPTB, self.engine.model)
+            return str(self.data.tokenizer.decode(sample_document(model, eot_id, self.facts.run.sample_tokens, seed)))
 
     def _flags(self) -> tuple[bool, bool]:
         """What this rank tells the others in each update: it was asked to stop; it still writes a checkpoint."""
@@ -232,7 +246,7 @@ class Trainer:
         asked for only when there is one.
         """
         if self.checkpointer.busy and not self._writing:
-            self.checkpointer.finish()
+            self._finish_save()
         self._save_due |= self._due(self.facts.run.save_every, before)
         # Not amid updates that were skipped: it would push out the checkpoints from before them.
         if self._save_due and not self.state.bad_in_row:
@@ -251,14 +265,19 @@ class Trainer:
             self.snapshots.take(self.state, self.updates.state_BSE, saved=saved)
 
     def _save(self) -> None:
-        self.checkpointer.finish()
-        self.checkpointer.begin(self.state, self.updates.state_BSE)
+        self._finish_save()
+        with phase("checkpoint"):
+            self.checkpointer.begin(self.state, self.updates.state_BSE)
+
+    def _finish_save(self) -> None:
+        with phase("checkpoint"):
+            self.checkpointer.finish()
 
     def _save_at_the_end(self) -> None:
-        self.checkpointer.finish()
+        self._finish_save()
         if self.state.update > (self.checkpointer.saved or 0):
             self._save()
-            self.checkpointer.finish()
+            self._finish_save()
             if self.checkpointer.saved != self.state.update:
                 raise TrainingError(
                     f"stopped after update {self.state.update} without a checkpoint of it:"

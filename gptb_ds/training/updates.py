@@ -13,6 +13,7 @@ import torch
 
 from gptb_ds.data.window import Window
 from gptb_ds.distributed.watchdog import progress_made
+from gptb_ds.phases import phase
 from gptb_ds.training.engine import Engine, UpdateResult
 from gptb_ds.training.length_curriculum import follow_accuracy
 from gptb_ds.training.loss_jumps import left_out
@@ -87,7 +88,8 @@ class WindowUpdates:
         number = self._next_number(state)
         groups = max(self._facts.train.lane_groups, number)
         counted = self._counted(window, number)
-        parts = window.to(self._world.device).split_lanes(groups)
+        with phase("data"):
+            parts = window.to(self._world.device).split_lanes(groups)
         tokens = self._batches.window_tokens // number
         for n in range(number):
             own = range(n, groups, number)

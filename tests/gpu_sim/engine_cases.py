@@ -1,7 +1,8 @@
 """Updates on the make-believe device, for test_engine.py: prints a JSON line for each case.
 
 A process of its own: `python -m tests.gpu_sim.engine_cases CASE...`, a case being STAGE:PRECISION:RECOMPUTE:GROUPS
-(and :graph for captured windows), or window:PRECISION:RECOMPUTE:1.
+and then, one or none, :graph (captured windows), :offload (the optimizer on the host), :offload-all (the parameters
+too); or window:PRECISION:RECOMPUTE:1, or sample:PRECISION:0:TOKENS.
 Axes: B lanes, K steps.
 """
 
@@ -24,11 +25,13 @@ from gptb_ds.config import OptimConfig
 from gptb_ds.data.window import Window
 from gptb_ds.distributed.join import join
 from gptb_ds.distributed.world import World
+from gptb_ds.loading import PRECISIONS
 from gptb_ds.model.configuration import GPTBConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
 from gptb_ds.training.deepspeed_policy import with_defaults
 from gptb_ds.training.engine import Engine
+from gptb_ds.training.samples import sample_document
 
 LANES, STEPS, VOCAB = 8, 6, 31
 
@@ -46,8 +49,14 @@ def windows(update: int, groups: int, device: torch.device) -> list[Window]:
     return Window(tokens[:-1], tokens[1:], reset, None).to(device).split_lanes(groups)
 
 
-def run(world: World, stage: int, precision: str, recompute: int, groups: int, graph: str = "off") -> dict:
+HOST = {"device": "cpu", "pin_memory": False}
+OFFLOADED = {"": {}, "offload": {"offload_optimizer": HOST}}
+OFFLOADED["offload-all"] = OFFLOADED["offload"] | {"offload_param": HOST}
+
+
+def run(world: World, stage: int, precision: str, recompute: int, groups: int, variant: str = "") -> dict:
     """Losses of three updates and the weights after them; what the last one waited for and copied."""
+    offload = OFFLOADED.get(variant, {})
     engine = Engine(
         WindowObjective(small_model(), recompute),
         world,
@@ -55,8 +64,8 @@ def run(world: World, stage: int, precision: str, recompute: int, groups: int, g
         lane_groups=groups,
         precision=precision,
         optim=OptimConfig(lr=1e-3, warmup_updates=0),
-        policy=with_defaults({"zero_optimization": {"stage": stage}}),
-        graph=graph,
+        policy=with_defaults({"zero_optimization": {"stage": stage} | offload}),
+        graph="on" if variant == "graph" else "off",
     )
     states = [engine.model.empty_state(LANES // groups) for _ in range(groups)]
     losses, applied = [], []
@@ -74,8 +83,7 @@ def run(world: World, stage: int, precision: str, recompute: int, groups: int, g
 
 def run_window(device: torch.device, precision: str, recompute: int) -> dict:
     """Forward and backward of one window, without DeepSpeed: what a CUDA graph would hold."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model = small_model().to(device, dtype)
+    model = small_model().to(device, PRECISIONS[precision])
     window = windows(0, 1, device)[0]
     state = model.empty_state(LANES)
     fake_cuda.reset()
@@ -85,17 +93,26 @@ def run_window(device: torch.device, precision: str, recompute: int) -> dict:
     return {"losses": [loss.item() / (LANES * STEPS)], "applied": []} | counts
 
 
+def run_sample(device: torch.device, precision: str, tokens: int) -> dict:
+    """A sample of so many tokens, as training prints them."""
+    model = small_model().eval().to(device, PRECISIONS[precision])
+    fake_cuda.reset()
+    drawn = sample_document(model, VOCAB - 1, tokens, seed=7)
+    return {"drawn": len(drawn)} | fake_cuda.counts()
+
+
 def main(cases: list[str]) -> None:
     torch.set_num_threads(1)
     world = join(60)
     for case in cases:
-        stage, precision, recompute, groups, *graph = case.split(":")
+        stage, precision, recompute, groups, *variant = case.split(":")
         try:
             if stage == "window":
                 found = run_window(world.device, precision, int(recompute))
+            elif stage == "sample":
+                found = run_sample(world.device, precision, int(groups))
             else:
-                options = {"graph": "on"} if graph else {}
-                found = run(world, int(stage), precision, int(recompute), int(groups), **options)
+                found = run(world, int(stage), precision, int(recompute), int(groups), *variant)
         except Exception:
             found = {"error": traceback.format_exc()}
         print(json.dumps({"case": case} | found), flush=True)

@@ -19,10 +19,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "atomic_files": set(),
     "suggestions": set(),
     "extension_builds": set(),
+    "phases": set(),
     "config": {"suggestions"},
     "model": set(),
     "data": {"atomic_files", "config"},
-    "distributed": {"exit_codes"},
+    "distributed": {"exit_codes", "phases"},
     "checkpoint": {"atomic_files", "config", "distributed"},
     "model_choice": {"baselines", "config", "model"},
     "loading": {"baselines", "checkpoint", "data", "distributed", "model", "model_choice"},
@@ -34,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lm_eval": {"data", "generation", "loading", "model", "prefix_tree"},
     "export": {"atomic_files", "baselines", "data", "loading", "model"},
     "training": {"atomic_files", "checkpoint", "config", "data", "distributed", "exit_codes", "model"}
-    | {"evaluation", "extension_builds", "generation", "loading", "model_choice"},
+    | {"evaluation", "extension_builds", "loading", "model_choice", "phases"},
     "plot": {"state_use", "training"},
     "doctor": {"data", "extension_builds"},
     "commands": {"checkpoint", "config", "data", "doctor", "evaluation", "export", "generation", "plot"}
