@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-import re
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -18,7 +19,8 @@ class TextStream:
     Holds a few tokens, however long the text grows, for every transformers tokenizer. They show an unfinished
     character in three ways: as U+FFFD at the end (byte-level BPE), not at all (ByT5), or, with byte fallback (Llama 2,
     Mistral, Gemma), they turn a whole run of byte tokens into U+FFFD when its last character is unfinished, so there
-    nothing is certain before the run ends.
+    nothing is certain before the run ends. And some change a token's text when the next one comes ("hel@@" and "lo" are
+    "hello"): of these, what the last token has added is held back until it has a successor.
     """
 
     _HELD = 3  # an unfinished UTF-8 character has at most three bytes
@@ -30,6 +32,7 @@ class TextStream:
         self._ids: list[int] = []
         self._printed = 0
         self._in_bytes = False
+        self._revises = _revises(tokenizer)
 
     def push(self, token: int) -> str:
         """The text that `token` completes, often empty."""
@@ -41,9 +44,15 @@ class TextStream:
             return ""
         text = self._decode(self._ids)
         unsure = min(len(text) - len(text.rstrip("\ufffd")), self._HELD)
+        if self._revises:
+            before = self._decode(self._ids[:-1])
+            same = (a == b for a, b in zip(before, text, strict=False))
+            unsure = max(unsure, len(text) - sum(itertools.takewhile(bool, same)))
         new = text[self._printed : len(text) - unsure]
         self._printed += len(new)
-        if new and not unsure:
+        if new and self._revises:
+            self._keep(2, unsure)
+        elif new and not unsure:
             # The last token stays as left context: some tokenizers write a space only between tokens.
             self._keep(1, 0)
         elif len(self._ids) > self._MOST:
@@ -62,3 +71,13 @@ class TextStream:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _revises(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a token's text may change when the next one comes: after all tokens are joined, something is replaced."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return type(tokenizer).__name__ != "ByT5Tokenizer"
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    kinds = [part["type"] for part in decoder.get("decoders", [decoder]) if part]
+    return "Fuse" in kinds and "Replace" in kinds[kinds.index("Fuse") :]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, CTRLTokenizer, PreTrainedTokenizerFast
 
 from gptb_ds.data import tokenization
 from gptb_ds.text_stream import TextStream
@@ -54,12 +57,33 @@ def unigram() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
 
 
+def replacing_at_the_end() -> Any:
+    """A decoder that takes out blanks before full stops when all tokens are joined."""
+    words = {word: number for number, word in enumerate(["<unk>", "</s>", " ", " .", *"abcdefgh."])}
+    tokenizer = Tokenizer(models.BPE(words, [], unk_token="<unk>", fuse_unk=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(" .", ".")])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def with_joints() -> Any:
+    """Pieces that end in "@@" are joined to the next one, by Python at the very end (CTRL, PhoBERT)."""
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        letters = "abcdefghijklmnopqrstuvwxyzé東.,'"
+        words = ["<unk>", "</s>", "the", "th@@", *letters, *(f"{letter}@@" for letter in letters)]
+        vocabulary.write_text(json.dumps({word: number for number, word in enumerate(words)}))
+        merges.write_text("#version: 0.2\nt h\nth e</w>\n")
+        return CTRLTokenizer(str(vocabulary), str(merges), unk_token="<unk>", eos_token="</s>")
+
+
 TOKENIZERS = {
     "bytes (ByT5)": ByT5Tokenizer(extra_ids=0),
     "byte-level BPE": tokenization.load("bpe:320", iter(CORPUS * 20)),
     "byte fallback": byte_fallback(),
     "WordPiece": word_piece(),
     "Unigram": unigram(),
+    "replaced when joined": replacing_at_the_end(),
+    "joints (CTRL)": with_joints(),
 }
 TEXTS = st.one_of(
     st.text(max_size=40),
@@ -90,7 +114,7 @@ def test_the_stream_of_a_text_is_its_decode(name: str, text: str) -> None:
 @settings(max_examples=150, deadline=None)
 def test_the_stream_of_any_tokens_is_their_decode(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
-    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=30))
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=80))
     assert "".join(streamed(tokenizer, ids)) == decoded(tokenizer, ids)
 
 
