@@ -113,18 +113,28 @@ class Cells:
 
     def _names(self) -> Iterator[Line]:
         pairs = self.pairs()
-        ends = [pair for pair in pairs if pair[1] in (SMALL, 32768) and pair[0] != "half-life"]
+        ends = [pair for pair in pairs if pair[1] in (SMALL, 32768) and pair[0] not in ("half-life", "stagger")]
+        rest = [pair for pair in pairs if pair not in ends]
+        yield from self._first_rates(ends)
+        for pair in ends:
+            yield from self._near_the_best(*pair)
+        yield from self._first_rates(rest)
+        yield from self._other_seeds(ends)
+        for pair in rest:
+            yield from self._near_the_best(*pair)
+        yield from self._other_seeds(rest)
+
+    def _first_rates(self, pairs: list[tuple[str, int]]) -> Iterator[Line]:
         for contender, size in pairs:
             rate = FIRST_RATE[self._args.model][SMALL if contender == "late" else size]
             yield self._name(contender, size, rate, 0)
-        for chosen in (ends, [pair for pair in pairs if pair not in ends]):
-            for contender, size in chosen:
-                yield from self._near_the_best(contender, size)
-            for seed in range(1, self._args.seeds):
-                for contender, size in chosen:
-                    rate = self.settled_rate(contender, size)
-                    if rate is not None:
-                        yield self._name(contender, size, rate, seed)
+
+    def _other_seeds(self, pairs: list[tuple[str, int]]) -> Iterator[Line]:
+        for seed in range(1, self._args.seeds):
+            for contender, size in pairs:
+                settled = self.settled_rate(contender, size)
+                if settled is not None:
+                    yield self._name(contender, size, settled, seed)
 
     def pairs(self) -> list[tuple[str, int]]:
         """(contender, size) in the order of their worth; at 512 tokens there is nothing to merge."""
