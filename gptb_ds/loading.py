@@ -134,15 +134,23 @@ def _load_export(folder: Path) -> tuple[WindowModel, PreTrainedTokenizerBase]:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without the bar and the table of missing tensors that transformers prints: we say it in a line, or refuse."""
-    bars, logger = hf_logging.is_progress_bar_enabled(), logging.getLogger("transformers.modeling_utils")
-    level = logger.level
+    """Without the bar and the table of missing tensors that transformers prints: we say it in a line, or refuse.
+
+    A level above WARNING makes `from_pretrained` (modeling_utils.py, transformers 5.23) call `verify_tp_plan`, whose
+    own logger then lists every tensor of ours that tensor parallelism would not split: it is silenced too.
+    """
+    bars = hf_logging.is_progress_bar_enabled()
+    names = ("modeling_utils", "distributed.tensor_parallel", "integrations.tensor_parallel")
+    loggers = [logging.getLogger(f"transformers.{name}") for name in names]
+    levels = [logger.level for logger in loggers]
     hf_logging.disable_progress_bar()
-    logger.setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if bars:
             hf_logging.enable_progress_bar()
 

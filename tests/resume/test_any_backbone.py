@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from gptb_ds.cli import main
 from gptb_ds.evaluation import EvaluateOptions, evaluate
 from gptb_ds.export import ExportOptions, export
+from gptb_ds.loading import load_any
 from gptb_ds.model import GPTBDecoderLMHeadModel
 from tests.harness.backbones import FAMILIES
 from tests.harness.elsewhere import run_elsewhere
@@ -91,8 +92,13 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_exports_load_by_auto_classes_on_a_machine_without_this_package(trained, tmp_path: Path) -> None:
+def test_exports_load_by_auto_classes_on_a_machine_without_this_package(
+    trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folders = [export(ExportOptions(str(trained(family)), str(tmp_path / family))) for family in FAMILIES]
+    capfd.readouterr()
+    load_any(str(folders[0]))
+    assert capfd.readouterr() == ("", "")  # nothing of what transformers says about every model
     elsewhere = run_elsewhere(PROGRAM, tmp_path, *folders)
     for folder in folders:
         module, logits, tokens = elsewhere[str(folder)]
