@@ -218,8 +218,8 @@ class TrainConfig(Group):
     tokens: int | None = Field(None, ge=1, description="instead of updates: tokens of the whole run (whole windows)")
     updates_per_window: list[str] = Field(
         ["1"],
-        description="batch warm-up: N:TOKENS = N updates a window until so many tokens were trained, ..., the last"
-        " without; auto:N = from N down as the measured noise allows",
+        description="batch warm-up: N:TOKENS (or N:SHARE%) = N updates a window until so many tokens (so much of"
+        " train.tokens) were trained, ..., the last without; auto:N = from N down as the measured noise allows",
     )
     measure_noise: bool = Field(
         False, description="estimate the gradient noise scale: the batch that is worth its size"
@@ -293,13 +293,17 @@ class TrainConfig(Group):
         phases: list[tuple[int, int | None]] = []
         for position, text in enumerate(texts):
             number, _, until = text.removeprefix("auto:" if len(texts) == 1 else "").partition(":")
-            last = position == len(texts) - 1
+            last, share = position == len(texts) - 1, until.endswith("%")
+            until = until.removesuffix("%")
             if not (_is_positive(number) and (until == "" if last else _is_positive(until))):
                 raise ValueError(
-                    f"train.updates_per_window {text!r}: must be {'N' if last else 'N:TOKENS'}, whole numbers above 0"
-                    + (" (only the last phase has no end)" if last != (until == "") else "")
+                    f"train.updates_per_window {text!r}: must be {'N' if last else 'N:TOKENS or N:SHARE%'}, whole"
+                    " numbers above 0" + (" (only the last phase has no end)" if last != (until == "") else "")
                 )
-            phases.append((int(number), None if last else int(until)))
+            if share and self.tokens is None:
+                raise ValueError(f"train.updates_per_window {text!r}: a share of the run needs train.tokens; give it")
+            tokens = int(until or 0) * (self.tokens or 0) // 100 if share else int(until or 0)
+            phases.append((int(number), None if last else tokens))
         return tuple(phases)
 
     @property

@@ -45,7 +45,7 @@ LABELS = {
 MERGES = {"warm-up": (0.4, 0.6, 0.8), "both": (0.4, 0.6, 0.8), "late": (0.6, 0.8, 0.9)}
 
 
-def settings(contender: str, size: int, tokens: int) -> Line:
+def settings(contender: str, size: int) -> Line:
     """What a contender sets."""
     over: Line = {"data.stagger": "off"}
     if contender == "half-life":
@@ -61,7 +61,7 @@ def settings(contender: str, size: int, tokens: int) -> Line:
     if contender in MERGES and size > SMALL:
         most = size // SMALL
         phases = zip((most, max(1, most // 4), max(1, most // 16)), MERGES[contender], strict=True)
-        over["train.updates_per_window"] = [*(f"{n}:{int(share * tokens)}" for n, share in phases if n > 1), "1"]
+        over["train.updates_per_window"] = [*(f"{n}:{share:.0%}" for n, share in phases if n > 1), "1"]
     return over
 
 
@@ -82,7 +82,7 @@ def keys(name: Line, store: str, device: str) -> Line:
         "train.graph": "auto" if device == "cuda" else "off",
         "run.eval_every": 0,
         "run.eval_tokens": 65_536,
-    } | settings(name["contender"], name["size"], tokens)
+    } | settings(name["contender"], name["size"])
 
 
 def score(run: Path, made: Cell, device: str, left: float | None) -> Line:

@@ -42,6 +42,16 @@ def test_every_cell_is_a_run(batch: ModuleType, model: str, tmp_path: Path):
         assert config.data.lanes // config.train.most_groups >= 64
 
 
+def test_the_recipe_is_the_last_contender(batch: ModuleType, tmp_path: Path):
+    _, cells = cells_of(batch, tmp_path, contenders=["late"], sizes=[32768])
+    recipe, (cell,) = load_config("wide", {}), cells.wanted()
+    ours = load_config(None, cell.keys | {"data.path": "data/stdlib", "data.stagger": "auto"})
+    for group in ("model", "data", "optim", "train"):
+        assert getattr(recipe, group) == getattr(ours, group)
+    assert recipe.data.is_staggered
+    assert recipe.train.batch_phases() == ((64, 393_216), (16, 524_288), (4, 589_824), (1, None))
+
+
 def test_rates_are_tried_until_neither_neighbour_is_better(batch: ModuleType, tmp_path: Path):
     results, cells = cells_of(batch, tmp_path)
     bits = {4e-3: 2.6, 8e-3: 2.5, 16e-3: 2.4, 32e-3: None}

@@ -149,6 +149,7 @@ def test_the_count_of_bias_correction_says_how_much_was_forgotten_across_a_chang
         ({"train.updates_per_window": ["4", "1"]}, ["'4'", "N:TOKENS"]),
         ({"train.updates_per_window": "4:10"}, ["'4:10'", "no end"]),
         ({"train.updates_per_window": "0"}, ["'0'", "above 0"]),
+        ({"train.updates_per_window": ["4:50%", "1"]}, ["'4:50%'", "train.tokens"]),
         ({"train.updates_per_window": "3", "train.lane_groups": 2}, ["train.lane_groups 2"]),
         ({"train.updates_per_window": "128"}, ["train.updates_per_window 128", "data.lanes 64"]),
         ({"train.updates_per_window": "auto:4"}, ["train.measure_noise", "train.tokens"]),
