@@ -57,8 +57,10 @@ class ModelConfig(Group):
     recent_tokens: int = Field(
         0, ge=0, description="C: of the S-1 carried vectors the last C are the embeddings of the last C tokens"
     )
-    carry: Literal["outputs", "shift"] = Field(
-        "outputs", description="the state is the outputs of slots 0..S-2 (the original), or shifted: of 1..S-1"
+    carry: Literal["outputs", "shift", "nothing"] = Field(
+        "outputs",
+        description="the state is the outputs of slots 0..S-2 (the original), or shifted: of 1..S-1; nothing: the twin"
+        " without a state, to measure its worth",
     )
     context: int | None = Field(
         None, ge=1, description="gpt2: tokens that a prediction sees at most (default: data.window)"
@@ -353,6 +355,7 @@ class RunConfig(Group):
         500, ge=0, description="updates between evaluations, the first before any (0 = only at the end)"
     )
     eval_tokens: int = Field(100_000, ge=1, description="held-out tokens of an evaluation while training")
+    state_health: bool = Field(True, description="measure the state's norm, worth and stability at each evaluation")
     sample_every: int = Field(0, ge=0, description="updates between text samples (0 = none)")
     sample_tokens: int = Field(200, ge=1, description="tokens of a sample")
     max_seconds: float | None = Field(None, gt=0, description="stop with a checkpoint and exit code 85 after so long")

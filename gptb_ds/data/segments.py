@@ -43,6 +43,10 @@ class Segments:
         """Every `world_size`-th, from `rank` on: about as many inputs for each."""
         return self._take(np.s_[rank::world_size])
 
+    def first(self, number: int) -> Segments:
+        """The longest ones, so many."""
+        return self._take(np.s_[:number])
+
     def reset_every(self, tokens: int) -> Segments:
         """The same inputs and targets, but after each `tokens` inputs of a segment a new one begins."""
         parts = np.maximum(1, -(-self.count // tokens))

@@ -12,7 +12,7 @@ from transformers import GPT2Config, PreTrainedConfig
 # What other programs read as the number of tokens that a model takes. There is no limit: this is one to work with.
 UNLIMITED = 1 << 20
 # What may become the state: see `GPTBConfig`.
-CARRIES = ("outputs", "shift")
+CARRIES = ("outputs", "shift", "nothing")
 
 
 class GPTBConfig(GPT2Config):
@@ -26,7 +26,8 @@ class GPTBConfig(GPT2Config):
     other programs how many tokens the model takes.
     `carry`: which outputs of the blocks become the state. "outputs": those of the state's own slots, 0..S-2, as in the
     original. "shift": those of slots 1..S-1, so that the output which the logits are read from is carried on, and every
-    vector moves one slot down a step.
+    vector moves one slot down a step. "nothing": none, the state's slots start each step anew from the initial state.
+    Only recent tokens are carried then: a model to measure against what the state of another is worth.
     `dropout=p` sets GPT-2's `resid_pdrop`, `embd_pdrop` and `attn_pdrop` together.
 
     Raises ValueError when `num_slots` is below 2 or beyond the positions, `recent_tokens` leaves no state, or `n_head`

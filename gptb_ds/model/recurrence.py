@@ -329,6 +329,9 @@ class SlotRecurrence(nn.Module):
         before_BSE = state_BSE
         if reset_B11 is not None:
             state_BSE = torch.where(reset_B11, initial_SE, state_BSE)
+        if getattr(self.config, "carry", "outputs") == "nothing":
+            kept = state_BSE.shape[1] - self.recent_tokens
+            state_BSE = torch.cat((initial_SE[:kept].expand(len(state_BSE), -1, -1), state_BSE[:, kept:]), dim=1)
         seen: list[torch.Tensor] | None = None if layers is None else []
         y_BSE = self.run_slots(torch.cat((state_BSE, token_B1E), dim=1), context, *(() if seen is None else (seen,)))
         if layers is not None and seen is not None:
@@ -346,9 +349,10 @@ class SlotRecurrence(nn.Module):
         """What is carried on, (B, S-1, E): of the state's slots' outputs, or shifted by one with the token's slot's.
 
         GPTB carries the outputs of the state's slots. With `carry` "shift" each vector moves down a slot and the token
-        slot's output, which the logits are read from, comes in as the newest. With `recent_tokens` = C the last C
-        vectors are the last C tokens' embeddings instead. The one place for another rule: a gate, a cap or a residual
-        between old and new state.
+        slot's output, which the logits are read from, comes in as the newest. With "nothing" the state's slots start
+        every step from the initial state, whatever they were. With `recent_tokens` = C the last C vectors are the last
+        C tokens' embeddings instead. The one place for another rule: a gate, a cap or a residual between old and new
+        state.
         """
         recent = self.recent_tokens
         kept = state_BSE.shape[1] - recent

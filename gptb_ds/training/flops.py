@@ -43,21 +43,24 @@ def flops_per_token(model: PreTrainedModel) -> float:
 
     Each matrix of the blocks meets S rows a token, the head one; backward takes twice the products of forward.
     Attention's two products (S, S) x E a block are counted, what is recomputed to save memory is not: that is "model
-    FLOPs" as Chowdhery et al. 2022 (PaLM, 2204.02311, appendix B) define them. `model` must be whole (not yet under
-    ZeRO-3).
+    FLOPs" as Chowdhery et al. 2022 (PaLM, 2204.02311, appendix B) define them. Of GPT-2 they take one row and a whole
+    context, of an LSTM there is none. `model` must be whole (not yet under ZeRO-3).
     """
     config = model.config
     slots, width = int(getattr(config, "num_slots", 1)), int(config.hidden_size)
     blocks = head = 0
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
+        if isinstance(module, nn.RNNBase):
+            blocks += sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 2)
         if isinstance(module, nn.Embedding) or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
             continue
         if name.endswith("lm_head"):
             head += weight.numel()
         else:
             blocks += weight.numel()
-    attention = 2 * int(config.num_hidden_layers) * slots * slots * width
+    seen = int(getattr(config, "num_slots", getattr(config, "n_positions", 0)))  # by each row's attention
+    attention = 2 * int(getattr(config, "num_hidden_layers", 0)) * slots * seen * width
     return 6.0 * (blocks * slots + attention + head)
 
 

@@ -20,6 +20,7 @@ from gptb_ds.model.configuration import GPTBConfig, inherited, warn_if_memoryles
 from gptb_ds.model.decoder_configuration import GPTBDecoderConfig
 from gptb_ds.model.window_model import WindowModel
 from gptb_ds.model_choice import baseline_configuration, model_configuration, new_model
+from gptb_ds.state_health import StateHealth
 from gptb_ds.training.deepspeed_policy import Policy, check_precision, offload_devices, read_policy, zero_stage
 from gptb_ds.training.engine import check_policy
 from gptb_ds.training.sinks import check_sinks
@@ -89,7 +90,7 @@ def read_inputs(config: Config, world: World) -> Inputs:
             "run.snapshot_every: lanes that begin their pieces in the same column (data.max_document_tokens) make the"
             " loss jump there each time; leave data.stagger out"
         )
-    data = RunData(windows, held_out, load_tokenizer(config.data.path[0]))
+    data = RunData(windows, held_out, load_tokenizer(config.data.path[0]), _state_health(config, world, held_out))
     return Inputs(facts, data, model.train(), policy, warnings)
 
 
@@ -155,6 +156,17 @@ def _held_out(config: Config, world: World, corpus: Corpus) -> HeldOut | None:
         max_tokens=config.run.eval_tokens,
         max_document_tokens=config.data.max_document_tokens,
     )
+
+
+def _state_health(config: Config, world: World, held_out: HeldOut | None) -> StateHealth | None:
+    """None where there is no state, or nothing to measure it with."""
+    has_state = config.model.kind != "gpt2" and config.model.carry != "nothing"
+    if held_out is None or not config.run.state_health or not has_state:
+        return None
+    lanes = config.data.lanes // config.train.most_groups
+    # As many columns as an update keeps activations of at once.
+    columns = min(config.data.window, config.train.recompute_every or config.data.window)
+    return StateHealth(held_out.corpus, world, most_tokens=lanes * columns, max_tokens=config.run.eval_tokens)
 
 
 def _identity(config: Config, windows: LaneCollator, model: WindowModel) -> dict[str, object]:

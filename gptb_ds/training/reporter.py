@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from gptb_ds.state_health import IGNORED_BELOW
 from gptb_ds.training.metrics import Metrics, MetricsLog, Progress, finite
 from gptb_ds.training.sinks import Sink, open_sinks
 from gptb_ds.training.train_state import RunFacts
@@ -26,6 +27,7 @@ class Reporter:
         self._failing: set[str] = set()
         self._progress: Progress | None = None
         self._nothing_counted = False
+        self._ignored = 0  # evaluations in a row in which the state was worth nothing
 
     @property
     def metrics_file(self) -> Path:
@@ -85,7 +87,20 @@ class Reporter:
         said += "" if bits is None else f", {bits:.3f} bits per byte"
         limit = self._facts.identity.get("data.max_document_tokens")
         self.say(f"update {line['update']}: {said}" + ("" if limit is None else f" (pieces of {limit:,} tokens)"))
+        self._warn_of_the_state(line)
         self._add(line)
+
+    def _warn_of_the_state(self, line: Metrics) -> None:
+        """Said once, when two evaluations in a row find the state ignored, or the last one does."""
+        worth = line.get("state_swapped")
+        ignored = worth is not None and worth < IGNORED_BELOW and line["update"] > 0
+        self._ignored = self._ignored + 1 if ignored else 0
+        is_last = self._ignored == 1 and line["update"] == self._facts.train.updates
+        if worth is not None and (self._ignored == 2 or is_last):
+            self.say(
+                f"WARNING: the state is being ignored: with another document's the held-out loss is {worth:.4f} nats a"
+                " target higher, no more (docs/metrics.md, The state's health)"
+            )
 
     def sync(self) -> None:
         """Puts the metrics on the disk. Raises OSError, naming the file, when it does not take them."""

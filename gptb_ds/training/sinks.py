@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from gptb_ds.atomic_files import replace_file
 from gptb_ds.config import ConfigError
 from gptb_ds.distributed.watchdog import progress_made
+from gptb_ds.state_health import DISTANCES
 from gptb_ds.training.metrics import AppendedFile, Metrics
 
 # What of a metrics line goes to a sink, and under which name.
@@ -30,7 +31,12 @@ NAMES = {
     "lr": "Train/lr",
     "eval_loss": "Eval/loss",
     "eval_bits_per_byte": "Eval/bits_per_byte",
-}
+    "state_norm": "State/norm",
+    "state_worth": "State/worth",
+    "state_swapped": "State/swapped",
+    "state_lyapunov": "State/lyapunov",
+    "state_spread": "State/spread",
+} | {f"state_gradient_{d}": f"State/gradient_{d}" for d in DISTANCES}
 
 # Seconds that a run waits for W&B's server at its start and at its end: well below the time after which the other ranks
 # would call the job hung. What was not sent by then is on the disk, for `wandb sync`.

@@ -20,6 +20,7 @@ from gptb_ds.distributed.world import AnyRank, World, derive_seed
 from gptb_ds.evaluation import HeldOut, LossSum, metrics_of
 from gptb_ds.model.decoder import AnyGPTB
 from gptb_ds.phases import phase
+from gptb_ds.state_health import StateHealth
 from gptb_ds.training.checkpointer import Checkpointer
 from gptb_ds.training.engine import Engine, UpdateResult
 from gptb_ds.training.length_curriculum import is_due, note_growth
@@ -40,11 +41,15 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads: its training windows, what is held out (None: nothing is), and the tokenizer of both."""
+    """What a run reads: its training windows, what is held out (None: nothing is), and the tokenizer of both.
+
+    `health` reads held-out text, too; None: the model has no state, or nobody asked.
+    """
 
     windows: LaneCollator
     held_out: HeldOut | None
     tokenizer: PreTrainedTokenizerBase
+    health: StateHealth | None = None
 
 
 class Trainer:
@@ -218,8 +223,12 @@ class Trainer:
                     return
         state.evaluation_due = False
         loss, _ = losses.mean()
+        line = {"update": state.update} | metrics_of(loss, held_out.bytes_per_target)
+        if self.data.health is not None:
+            with phase("evaluation"), self.engine.evaluating():
+                line |= self.data.health.measure(self.engine.model)
         try:
-            self.reporter.evaluation({"update": state.update} | metrics_of(loss, held_out.bytes_per_target))
+            self.reporter.evaluation(line)
         except OSError as error:
             raise SaveError(f"{error}; {self.checkpointer.last_good()}") from None
         progress_made(f"evaluation after update {state.update}")

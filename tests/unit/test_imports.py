@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model_choice": {"baselines", "config", "model"},
     "loading": {"baselines", "checkpoint", "data", "distributed", "model", "model_choice"},
     "state_use": {"data", "distributed", "model"},
+    "state_health": {"data", "distributed", "model"},
     "evaluation": {"config", "data", "distributed", "loading", "model", "state_use"},
     "text_stream": set(),
     "generation": {"data", "loading", "model", "text_stream"},
@@ -35,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lm_eval": {"data", "generation", "loading", "model", "prefix_tree"},
     "export": {"atomic_files", "baselines", "data", "loading", "model"},
     "training": {"atomic_files", "checkpoint", "config", "data", "distributed", "exit_codes", "model"}
-    | {"evaluation", "extension_builds", "loading", "model_choice", "phases"},
+    | {"evaluation", "extension_builds", "loading", "model_choice", "phases", "state_health"},
     "plot": {"state_use", "training"},
     "doctor": {"data", "extension_builds"},
     "commands": {"checkpoint", "config", "data", "doctor", "evaluation", "export", "generation", "plot"}
