@@ -6,6 +6,7 @@ Axes: B lanes of this rank, S slots, E embedding.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,20 +58,26 @@ class Snapshots:
         self._kept = [snapshot] if saved else [*self._kept, snapshot][-_KEPT:]
 
     def loss_jumps(self, state: TrainState, results: Sequence[UpdateResult]) -> bool:
-        """Whether the window just trained, by these updates, calls for going back; if not, its loss joins the average.
+        """Whether the window just trained, by these updates, calls for going back.
 
         The same on all ranks without an exchange: they have all learned the same losses. fp16 skips updates to find
         its loss scale, which is no reason. A window of which nothing counts is none either: it is left out already.
         """
-        losses = [result.loss for result in results if result.loss is not None]
-        if not losses:
+        loss = _mean_loss(results)
+        if loss is None:
             return False
-        loss = sum(losses) / len(losses)
         skipped = self._facts.train.precision != "fp16" and not all(result.applied for result in results)
-        if skipped or not loss <= state.losses.limit(self._facts.run.jump_deviations):
-            return True
-        state.losses = state.losses.after(loss)
-        return False
+        return skipped or not loss <= state.losses.limit(self._facts.run.jump_deviations)
+
+    @staticmethod
+    def follow_loss(state: TrainState, results: Sequence[UpdateResult]) -> None:
+        """The loss of a window that training goes on from joins the average; of one that has jumped, too.
+
+        Otherwise a loss that rose for good would be a jump in every window from then on.
+        """
+        loss = _mean_loss(results)
+        if loss is not None and math.isfinite(loss):
+            state.losses = state.losses.after(loss)
 
     def go_back(self, state: TrainState) -> tuple[TrainState, torch.Tensor]:
         """From the edge of the window that jumped to the newest snapshot before all that is to be left out.
@@ -92,3 +99,9 @@ class Snapshots:
         back = copy.deepcopy(snapshot.state)
         back.rewinds = [*state.rewinds, rewind]
         return back, snapshot.state_BSE.clone()  # training writes into it, and may come back once more
+
+
+def _mean_loss(results: Sequence[UpdateResult]) -> float | None:
+    """Of a window's updates; None where nothing counted."""
+    losses = [result.loss for result in results if result.loss is not None]
+    return sum(losses) / len(losses) if losses else None

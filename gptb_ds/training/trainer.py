@@ -106,6 +106,7 @@ class Trainer:
             results = self._train_window()
             if self.snapshots.loss_jumps(self.state, results) and self._went_back():
                 continue
+            self.snapshots.follow_loss(self.state, results)
             self._grow_documents()
             if self._due(run.eval_every, before) or self.state.tokens >= end:
                 self._evaluate()

@@ -8,7 +8,10 @@ import statistics
 
 import pytest
 
+from gptb_ds.training.engine import UpdateResult
 from gptb_ds.training.loss_jumps import HISTORY, READY, LossAverage, left_out, next_rewind
+from gptb_ds.training.snapshots import Snapshots
+from gptb_ds.training.train_state import TrainState
 
 
 def after(losses: list[float]) -> LossAverage:
@@ -50,3 +53,18 @@ def test_what_is_left_out_grows_while_jumps_follow_one_another():
 
 def test_nothing_before_the_first_column_is_left_out():
     assert left_out([[2, 3]], 4) == [range(24)]
+
+
+def test_a_loss_that_rose_for_good_is_a_jump_a_few_times_only():
+    state, jumps = TrainState(), 0
+    for loss in [2.0, 2.1] * 100 + [3.0] * 20:
+        jumps += loss > state.losses.limit(6.0)
+        Snapshots.follow_loss(state, [UpdateResult(loss, 1.0, True)])
+    assert 1 <= jumps <= 3
+
+
+def test_what_is_not_finite_or_counts_nothing_is_no_part_of_the_average():
+    state = TrainState()
+    for losses in ([math.inf, 1.0], [None], [None, 3.0], []):
+        Snapshots.follow_loss(state, [UpdateResult(loss, 1.0, True) for loss in losses])
+    assert state.losses == LossAverage(3.0, 0.0, 1)
