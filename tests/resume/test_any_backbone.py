@@ -23,9 +23,10 @@ IDS = torch.tensor([[*b"the end"]]) + 3
 
 
 def keys(family: str) -> dict[str, object]:
-    """Lane groups and recomputation are on, and the families share the four stages of ZeRO."""
+    """Lane groups and recomputation are on, and the families share the four stages of ZeRO and two precisions."""
     return {
         "stage": FAMILIES.index(family) % 4,
+        "train__precision": ("fp32", "fp32", "bf16")[FAMILIES.index(family) % 3],
         "model__backbone": family,
         "model__n_layer": 2,
         "model__dropout": 0.1,
@@ -71,7 +72,8 @@ def test_a_run_evaluates_and_generates(family: str, trained, store: Path, capsys
     run = trained(family)
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     read = evaluate(EvaluateOptions(str(run), [str(store)], lanes=4, window=6, max_tokens=200)).summary()
-    assert read["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+    same = 1e-5 if keys(family)["train__precision"] == "fp32" else 1e-2  # what is loaded is float32
+    assert read["eval_loss"] == pytest.approx(last["eval_loss"], rel=same)
     capsys.readouterr()
     assert main(["generate", str(run), "--prompt", "the", "--max-new-tokens", "4", "--temperature", "0"]) == 0
     assert capsys.readouterr().out.startswith("the")

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelFor
 
 from gptb_ds import GPTBConfig, GPTBLMHeadModel
 from gptb_ds.model import GPTBDecoderConfig, GPTBDecoderLMHeadModel, GPTBDecoderModel, gradient_sums
+from gptb_ds.model.attention import NAME as SLOT_ATTENTION
 from gptb_ds.model.backbones import build_decoder, check_backbone, named_backbone
 from gptb_ds.model.objective import WindowObjective
 from gptb_ds.training.muon import Matrix, matrices_of, muon_direction
@@ -164,6 +165,18 @@ def test_every_use_of_every_weight_is_summed_in_float32(family: str, monkeypatch
     model = small_decoder(family).bfloat16()
     left = {name for name, parameter in gradients(model, 0, fp32_sums=True).items() if parameter is not None}
     assert left == {"transformer.initial_embeds"}
+
+
+@each_family
+@pytest.mark.parametrize("changes", [{}, {"rebias": False}, {"recent_tokens": 2, "preserve_decoder": True}])
+def test_what_runs_on_a_gpu_is_what_runs_on_a_cpu(family: str, changes: dict[str, Any]) -> None:
+    """PyTorch's fused attention there, products here; Gemma 2 has its own on both."""
+    ours, ids = small_decoder(family, **changes), random_ids(B, T)
+    kind = "sdpa" if ours.config._attn_implementation == SLOT_ATTENTION else "eager"
+    assert (kind == "eager") is (family == "gemma2")
+    fused = small_decoder(family, attn_implementation=kind, **changes)
+    fused.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(fused(ids).logits, ours(ids).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_gpt2_as_any_decoder_is_gptb() -> None:
