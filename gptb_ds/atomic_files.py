@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,9 @@ def write_atomically(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        mode = usual_mode(path.parent)
         yield temporary
+        temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -26,6 +30,22 @@ def write_atomically(path: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def usual_mode(folder: Path) -> int:
+    """The permissions of a new file in `folder`: what the umask leaves.
+
+    safetensors 0.8 (`save_file`) writes into a temporary file that only its owner may read, and renames it: without
+    this, nobody else in a group could load a checkpoint or an export.
+    """
+    probe = folder / f".mode.{os.getpid()}.{threading.get_ident()}.tmp"
+    try:
+        descriptor = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666)
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
+        return mode
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, content: bytes) -> None:

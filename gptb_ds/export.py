@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import errno
+import glob
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +19,10 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedConfig, PreTrainedTokenizerBase
 
 from gptb_ds import model as model_package
-from gptb_ds.atomic_files import sync_path
+from gptb_ds.atomic_files import sync_path, usual_mode
 from gptb_ds.baselines import GPT2Baseline
 from gptb_ds.data.tokenization import for_other_programs
-from gptb_ds.loading import load_any
+from gptb_ds.loading import load_any, quiet_loading
 from gptb_ds.model.configuration import UNLIMITED, GPTBConfig
 from gptb_ds.model.decoder import AnyGPTB
 from gptb_ds.model.decoder_configuration import GPTBDecoderConfig
@@ -78,7 +80,7 @@ def export(options: ExportOptions) -> Path:
     eot_id = config.eos_token_id
     generation: Any = GenerationConfig(bos_token_id=eot_id, eos_token_id=eot_id, pad_token_id=tokenizer.pad_token_id)
     model.generation_config = generation
-    with _whole_or_not_at_all(out) as folder:
+    with _whole_or_not_at_all(out) as folder, quiet_loading():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for path in code_files(config.auto_map["AutoModel"].partition(".")[0]):
@@ -91,7 +93,7 @@ def _export_gpt2(model: GPT2Baseline, tokenizer: PreTrainedTokenizerBase, out: P
     """A plain GPT-2, as transformers' own code reads it."""
     plain = GPT2LMHeadModel(model.config)
     plain.load_state_dict(model.state_dict())
-    with _whole_or_not_at_all(out) as folder:
+    with _whole_or_not_at_all(out) as folder, quiet_loading():
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return out
@@ -113,13 +115,24 @@ def code_files(module: str = "modeling") -> list[Path]:
 
 @contextmanager
 def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end, and is gone if there is no end."""
-    unfinished = out.parent / f".{out.name}.unfinished-{os.getpid()}"
+    """A folder beside `out` that takes its place at the end, and is gone if there is no end.
+
+    One that a killed export of the same name left behind on this machine is removed.
+    """
+    beginning = f".{out.name}.unfinished-{platform.node()}-"
+    unfinished = out.parent / f"{beginning}{os.getpid()}"
+    for left in out.parent.glob(f"{glob.escape(beginning)}*"):
+        if not _is_running(left.name.removeprefix(beginning)):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
-        for path in [*unfinished.rglob("*"), unfinished]:
+        mode = usual_mode(unfinished)
+        for path in unfinished.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
             sync_path(path)
+        sync_path(unfinished)
         os.replace(unfinished, out)  # an empty folder may stand there
     except SafetensorError as error:
         raise OSError(errno.EIO, f"the weights can't be written: {error}", str(out)) from None
@@ -127,6 +140,16 @@ def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(out)) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:  # somebody else's
+        return True
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def _card(source: str, config: PreTrainedConfig) -> str:

@@ -235,7 +235,10 @@ class GPTBCache(Cache):
         tensors = {"state": self.state.detach().cpu().contiguous(), "tokens_hash": self.layer.moments[-1].hash_B.cpu()}
         unfinished = Path(f"{path}.unfinished")
         try:
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
             save_file(tensors, unfinished, metadata={"gptb": json.dumps(facts)})
+            unfinished.chmod(mode)  # safetensors 0.8 puts a file in its place that only its owner may read
             os.replace(unfinished, path)
         except SafetensorError as error:  # its way to say that the disk is full or a folder is missing
             raise OSError(errno.EIO, f"the state can't be written: {error}", str(path)) from None

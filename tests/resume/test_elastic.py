@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from gptb_ds.checkpoint.format import checkpoint_folder
 from gptb_ds.checkpoint.reader import CheckpointReader
 from gptb_ds.checkpoint.writer import CheckpointWriter, assign_parameters
 from gptb_ds.config import OptimConfig
 from gptb_ds.distributed.world import World
+from gptb_ds.export import ExportOptions, export
 from gptb_ds.model.configuration import GPTBConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
@@ -34,6 +39,13 @@ PAIRS = [
     for target in (0, 1, 2, 3)
     for saved_on, ranks in ([(2, 1), (2, 4), (4, 2), (1, 2)][(source + target) % 4],)
 ]
+# Bytes at most in memory while a run is exported.
+PEAK = """
+import resource, sys
+from gptb_ds.export import ExportOptions, export
+export(ExportOptions(*sys.argv[1:]))
+print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
 OFFLOAD = {"stage": 2, "overlap_comm": False, "offload_optimizer": {"device": "cpu"}}
 
 
@@ -117,6 +129,34 @@ def test_restored_bitwise_on_other_ranks(ranks, stage, precision, saved, tmp_pat
             assert torch.equal(before.fetch(kind, name), after.fetch(kind, name)), f"{kind} of {name}"
     for key, tensor in before.lanes(0, 8, (3, 16)).items():
         assert torch.equal(tensor, after.lanes(0, 8, (3, 16))[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "ranks"), sorted({pair.values[:2] for pair in PAIRS}))
+def test_a_checkpoint_of_any_stage_and_ranks_is_exported_on_one_cpu(stage, ranks, saved, tmp_path: Path):
+    folder = checkpoint_folder(saved(stage, ranks), SAVED_AT)
+    model = AutoModelForCausalLM.from_pretrained(export(ExportOptions(str(folder), str(tmp_path / "out"))))
+    reader = CheckpointReader(folder)
+    assert set(reader.shapes()) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(reader.fetch("weight", name), parameter), name
+
+
+@pytest.mark.slow
+def test_an_export_takes_the_memory_of_the_model(saved, store, tmp_path: Path):
+    """From a run on two ranks at stage 3: the most that the process held, beyond what a tiny model needs."""
+    sizes = {"model__n_embd": 512, "model__n_layer": 4, "model__n_head": 2}
+    train(tmp_path / "large", store, stage=3, ranks=2, train__updates=1, **(sizes | {"run__eval_every": 0}))
+    reader = CheckpointReader(checkpoint_folder(tmp_path / "large", 1))
+    size = 4 * sum(math.prod(shape) for shape in reader.shapes().values())
+    most = {}
+    for name, run in (("tiny", saved(3, 2)), ("large", tmp_path / "large")):
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, str(run), str(tmp_path / f"{name}-out")], capture_output=True, check=True
+        )
+        most[name] = int(done.stdout)
+    print(f"{(most['large'] - most['tiny']) / size:.2f} x the model's {size / 2**20:.0f} MiB")
+    assert most["large"] - most["tiny"] < 1.6 * size
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,20 @@ def test_an_interrupted_export_leaves_nothing(source: Path, tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         export(ExportOptions(str(source), str(tmp_path / "out")))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(source: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, shutil, sys; from gptb_ds.export import *\nshutil.copyfile = lambda *_: os.kill(os.getpid(), 9)"
+    )
+    program += "\nexport(ExportOptions(*sys.argv[1:]))"
+    killed = subprocess.run([sys.executable, "-c", program, str(source), str(tmp_path / "out")], check=False)
+    assert killed.returncode == -9 and not (tmp_path / "out").exists()
+    (left,) = tmp_path.iterdir()
+    export(ExportOptions(str(source), str(tmp_path / "other")))
+    assert left.exists()  # of another name
+    export(ExportOptions(str(source), str(tmp_path / "out")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
 def test_an_export_can_be_exported_again_and_a_full_folder_is_refused(exported: Path, tmp_path: Path) -> None:
