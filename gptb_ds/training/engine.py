@@ -51,7 +51,7 @@ leave_out_inference_kernel()
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one update did. `applied` is off when it was skipped.
+    """What one update did. `applied` is off when it was skipped, or when nothing counted in it.
 
     `loss` is nats per counted target over all ranks; None: nothing was counted. `part_norm`, where noise is measured,
     is the mean squared norm of the gradients of the update's `parts`: what each rank took in one backward pass. `flags`
@@ -66,6 +66,11 @@ class UpdateResult:
     part_norm: float | None = None
     parts: int = 1
     accuracy: float | None = None
+
+    @property
+    def skipped(self) -> bool:
+        """Whether its loss or gradient was not finite."""
+        return not self.applied and self.loss is not None
 
 
 def check_policy(policy: Policy) -> None:
@@ -184,14 +189,17 @@ class Engine:
 
         `counted` is the (weighted) number of counted targets over all ranks; `betas` are Adam's, from now on. Returns
         the result and the new states. A loss or gradient that is not finite anywhere leaves weights and moments as they
-        were, on all ranks. All ranks must bring as many groups; the number may change from one window to the next.
+        were, on all ranks, and so does an update in which nothing is counted. All ranks must bring as many groups; the
+        number may change from one window to the next.
 
         `flags`, asked for at the end, are what this rank has to tell the others. They ride in the message that adds up
         the loss: between a thousand ranks each message of its own would cost as much as a small update.
         """
+        if not counted:
+            return self._pass_over(groups, flags)
         self._accumulate(len(groups), groups[0][0].lanes)
         # DeepSpeed averages over ranks and divides by the number of groups: this makes a global mean of the sums.
-        scale = self.world.size * len(groups) / max(counted, 1.0)
+        scale = self.world.size * len(groups) / counted
         for group in self._base.param_groups:
             group["lr"] = lr
             group["betas"] = betas or group["betas"]
@@ -222,16 +230,30 @@ class Engine:
             self._deepspeed.get_global_grad_norm(), self.world.sum(shared)
         )
         result = UpdateResult(
-            loss=loss_sum / counted if counted else None,
+            loss=loss_sum / counted,
             grad_norm=norm,
             applied=bool(self._deepspeed.was_step_applied()),
             # What arrived at the hooks was a part's sum divided by counted / ranks. Its mean is `groups` times that.
             part_norm=None if self._norms is None else squared_norms * len(groups) / self.world.size,
             parts=self.world.size * len(groups),
             flags=tuple(ranks > 0 for ranks in raised_by),
-            accuracy=right / counted if counted and self._counter.right is not None else None,
+            accuracy=right / counted if self._counter.right is not None else None,
         )
         return result, states
+
+    def _pass_over(
+        self, groups: list[tuple[Window, torch.Tensor]], flags: Callable[[], tuple[bool, ...]]
+    ) -> tuple[UpdateResult, list[torch.Tensor]]:
+        """An update in which nothing counts: the states go on, as in an evaluation, and the optimizer does not step.
+
+        A step with gradients of zero is none that changes nothing. Adam's follows what is left of its mean gradient;
+        Muon's has its full length in that direction, however little is left, update after update.
+        """
+        with self.evaluating():
+            states = [self._deepspeed(w.input_ids, w.targets, w.reset, state, w.loss_weights)[1] for w, state in groups]
+        raised = torch.tensor(flags(), dtype=torch.float64, device=self.world.device)
+        raised_by = self.world.sum(raised).tolist()
+        return UpdateResult(None, 0.0, applied=False, flags=tuple(ranks > 0 for ranks in raised_by)), states
 
     def _accumulate(self, groups: int, lanes: int) -> None:
         """Tells DeepSpeed how many backward passes make an update.

@@ -66,7 +66,7 @@ class Snapshots:
         loss = _mean_loss(results)
         if loss is None:
             return False
-        skipped = self._facts.train.precision != "fp16" and not all(result.applied for result in results)
+        skipped = self._facts.train.precision != "fp16" and any(result.skipped for result in results)
         return skipped or not loss <= state.losses.limit(self._facts.run.jump_deviations)
 
     @staticmethod

@@ -47,9 +47,10 @@ class TrainState:
 
     To add a counter, add a field here; a checkpoint that was written before lacks it, and gives its default.
     `tokens` of all ranks were read by all `update`s, `adam_tokens` by those that were applied since Adam's moments
-    began (after `adam_start` of the `adam_steps`). `loss` is the last update's, None when it was not finite or nothing
-    was counted. `evaluation_due`: a request to stop broke off the evaluation that belongs to this update. The last
-    window made `updates_per_window`; the three `noise_...` are the `noise`, the three `loss_...` are `losses`.
+    began (after `adam_start` of the `adam_steps`). `skipped` updates were not finite, in `uncounted` ones nothing
+    counted: both left weights and moments as they were. `loss` is the last update's, None when it was not finite or
+    nothing was counted. `evaluation_due`: a request to stop broke off the evaluation that belongs to this update. The
+    last window made `updates_per_window`; the three `noise_...` are the `noise`, the three `loss_...` are `losses`.
     `rewinds` are the jumps of the loss that training has gone back from, see `loss_jumps.next_rewind`. With a
     curriculum `accuracy` is the running share of right answers, over the `updates_since_growth`, and `grown` are the
     columns at which documents became longer.
@@ -69,6 +70,7 @@ class TrainState:
     loss_windows: NonNegativeInt = 0
     rewinds: list[list[NonNegativeInt]] = field(default_factory=list)
     skipped: NonNegativeInt = 0
+    uncounted: NonNegativeInt = 0
     bad_in_row: NonNegativeInt = 0
     evaluation_due: bool = False
     loss: float | None = None
@@ -106,8 +108,9 @@ class TrainState:
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise ValueError(f"the counters cannot be read: {wrong}") from None
-        if state.adam_steps + state.skipped != state.update:
+        if state.adam_steps + state.skipped + state.uncounted != state.update:
             raise ValueError(
-                f"{state.adam_steps} steps of Adam and {state.skipped} skipped updates are not {state.update} updates"
+                f"{state.adam_steps} steps of Adam, {state.skipped} skipped updates and {state.uncounted} in which"
+                f" nothing counted are not {state.update} updates"
             )
         return state

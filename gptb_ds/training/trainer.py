@@ -191,7 +191,7 @@ class Trainer:
             line["noise_scale"] = state.noise.tokens
         if update.left_out:
             line["rewound"] = True
-        if not result.applied:
+        if result.skipped:
             line["skipped"] = True
             self.reporter.say(f"update {state.update} skipped: loss or gradient is not finite ({state.skipped} so far)")
         if self.usage is not None:

@@ -146,9 +146,11 @@ def _count(state: TrainState, result: UpdateResult, tokens: int) -> None:
         if result.part_norm is not None:
             small, large = (tokens / result.parts, result.part_norm), (float(tokens), result.grad_norm**2)
             state.noise = state.noise.after(small, large)
-    else:
+    elif result.skipped:
         state.skipped += 1
         state.bad_in_row += 1
+    else:
+        state.uncounted += 1
     if result.accuracy is not None:
         follow_accuracy(state, result.accuracy)
     state.loss = result.loss if result.loss is not None and math.isfinite(result.loss) else None
