@@ -27,13 +27,12 @@ class Group(BaseModel):
 
 
 def _as_switch(value: object) -> object:
-    if isinstance(value, str):
-        return {"true": "on", "false": "off"}.get(value.lower(), value)
-    return ("off", "on")[value] if isinstance(value, bool) else value
+    return {"true": "on", "false": "off"}.get(str(value).lower(), value)
 
 
-# YAML reads `on` and `off` as truth values.
-Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
+# YAML reads `on` and `off` as truth values, and a truth value can be given for them.
+_SWITCH = BeforeValidator(_as_switch)
+Switch = Annotated[Literal["auto", "on", "off"], _SWITCH]
 
 
 class ModelConfig(Group):
@@ -319,18 +318,11 @@ def _is_positive(text: str) -> bool:
 
 
 class TaskConfig(Group):
-    curriculum: Literal["auto", "off"] = Field(
+    curriculum: Annotated[Literal["auto", "off"], _SWITCH] = Field(
         "auto", description="documents of a state-tracking task begin short and grow (text is never cut by it)"
     )
     start_length: int = Field(4, ge=1, description="tokens of the curriculum's longest documents at the start")
     grow_at: float = Field(0.95, gt=0, le=1, description="running accuracy at which the curriculum's lengths double")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _off_is_no_truth_value(cls, values: object) -> object:
-        if isinstance(values, dict) and values.get("curriculum") is False:  # as YAML reads `off`
-            values = dict(values) | {"curriculum": "off"}
-        return values
 
 
 class RunConfig(Group):

@@ -6,16 +6,15 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from gptb_ds.config import Config
 from gptb_ds.distributed.watchdog import long_work
 from gptb_ds.model.modeling import RecurrentLM
 from gptb_ds.training.flops import peak_flops
+from gptb_ds.training.kept_choice import kept_choice
 
 # On one CPU core (torch 2.13) the compilation takes 28 s at E=128 and 2 blocks, 57 s at E=256 and 4. Then the step is
 # 1.10 times as fast in fp32, 1.27 times in bf16. That is earned back after 2 to 10 minutes; we ask for twice that.
@@ -32,7 +31,7 @@ def with_compilation(config: Config, device: torch.device) -> Config:
     """
     if config.train.compile != "auto":
         return config
-    chosen = None if config.run.resume == "never" else _chosen_before(Path(config.run.dir) / "config.yaml")
+    chosen = kept_choice(config, "compile", ("on", "off"))
     if chosen is None:
         can_pay = config.model.kind == "gptb" and device.type == "cpu"
         worth = can_pay and estimated_seconds(config, device) >= WORTH_SECONDS
@@ -82,12 +81,3 @@ def estimated_seconds(config: Config, device: torch.device) -> float:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     rate, _ = peak_flops(device, train.precision, 1024, model.n_embd)
     return flops / ranks / (rate * _SHARE_OF_RATE)
-
-
-def _chosen_before(file: Path) -> str | None:
-    try:
-        values = yaml.safe_load(file.read_text())
-        chosen = values["train"]["compile"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return None
-    return {True: "on", False: "off"}.get(chosen, chosen if chosen in ("on", "off") else None)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-import yaml
 
 from gptb_ds.config import Config
 from gptb_ds.training.flops import matmul_seconds
+from gptb_ds.training.kept_choice import kept_choice
 
 # bf16 must be this much faster on a CPU: below, its missing bits are not worth it.
 _WORTH = 1.1
@@ -22,7 +20,7 @@ def with_precision(config: Config, device: torch.device) -> Config:
     """
     if config.train.precision != "auto":
         return config
-    chosen = None if config.run.resume == "never" else _chosen_before(Path(config.run.dir) / "config.yaml")
+    chosen = kept_choice(config, "precision", ("fp32", "bf16", "fp16"))
     if chosen is None and device.type == "cuda":
         chosen = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if chosen is None:
@@ -42,15 +40,6 @@ def faster_on_this_cpu(rows: int, width: int) -> str:
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
     return "bf16" if taken["bf16"] * _WORTH < taken["fp32"] else "fp32"
-
-
-def _chosen_before(file: Path) -> str | None:
-    try:
-        values = yaml.safe_load(file.read_text())
-        precision = values["train"]["precision"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return None
-    return precision if precision in ("fp32", "bf16", "fp16") else None
 
 
 def allow_tf32(device: torch.device, precision: str) -> bool:

@@ -211,3 +211,13 @@ def test_lanes_are_out_of_step_where_documents_are_cut(tmp_path: Path):
         ({"data.stagger": "true"}, True),
     ):
         assert load_config(None, {"data.path": "s", **options}).data.is_staggered is expected
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [(True, "on"), ("True", "on"), ("false", "off"), (False, "off"), ("on", "on")]
+)
+def test_a_switch_takes_a_truth_value(given: object, meant: str):
+    """As YAML reads on and off, and as `train.compile`, which was one, was given on command lines."""
+    config = load_config(None, {"data.path": "store", "train.compile": given, "train.graph": given})
+    assert (config.train.compile, config.train.graph) == (meant, meant)
+    assert load_config(None, {"data.path": "store", "task.curriculum": "false"}).task.curriculum == "off"
