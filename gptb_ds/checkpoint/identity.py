@@ -6,13 +6,18 @@ from pathlib import Path
 
 from gptb_ds.checkpoint.format import CheckpointError, Manifest
 
+# What runs had before there was the key: a checkpoint from then does not name it.
+_BEFORE = {"task.curriculum": "off"}
+
 
 def check_identity(manifest: Manifest, identity: dict[str, object], folder: Path) -> None:
     """Raises CheckpointError with one line for each thing that must be the same and is not, both values named."""
+    saved = {key: value for key, value in manifest.identity.items() if value is not None}
+    pairs = [(key, saved.get(key, _BEFORE.get(key)), value) for key, value in identity.items()]
     lines = [
-        f"{folder}: {key} was {manifest.identity.get(key)!r} when this was saved and is {value!r} now"
-        for key, value in identity.items()
-        if manifest.identity.get(key) != value
+        f"{folder}: {key} was {before!r} when this was saved and is {now!r} now"
+        for key, before, now in pairs
+        if before != now
     ]
     if lines:
         lines.append("set them back, name another --run.dir, or start anew with --run.resume never")
@@ -20,12 +25,11 @@ def check_identity(manifest: Manifest, identity: dict[str, object], folder: Path
 
 
 def changed_settings(manifest: Manifest, settings: dict[str, object]) -> list[str]:
-    """What may change and did, one phrase each."""
-    keys = sorted(manifest.settings.keys() | settings.keys())
+    """What may change and did, one phrase each. Of a key that there was not yet nobody knows whether it changed."""
     return [
-        f"{key} {manifest.settings.get(key)!r} -> {settings.get(key)!r}"
-        for key in keys
-        if manifest.settings.get(key) != settings.get(key)
+        f"{key} {before!r} -> {settings.get(key)!r}"
+        for key, before in sorted(manifest.settings.items())
+        if before != settings.get(key)
     ]
 
 

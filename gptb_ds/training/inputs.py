@@ -183,10 +183,9 @@ def _identity(config: Config, windows: LaneCollator, model: WindowModel) -> dict
     identity |= {"train.seed": config.train.seed}
     # None is also what a checkpoint says that was saved when lanes were always in step.
     identity["data.stagger"] = "on" if data.is_staggered else None
-    # None is also what a checkpoint says that was saved before there was a curriculum.
     curriculum = windows.curriculum
     identity["task.curriculum"] = (
-        None if curriculum is None else f"auto, documents of {curriculum.start} tokens at first"
+        "off" if curriculum is None else f"auto, documents of {curriculum.start} tokens at first"
     )
     shape: tuple[str, ...] = ("kind", "n_layer", "n_head", "n_embd")
     if config.model.kind == "gptb":

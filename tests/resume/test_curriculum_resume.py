@@ -64,7 +64,7 @@ def test_a_run_says_how_its_documents_grow_and_does_not_go_on_without(grown, tmp
     said = start(again, store, ranks=1, stage=0, **KEYS, task__curriculum="off")
     assert said.wait() == [2]
     assert (
-        "task.curriculum was 'auto, documents of 2 tokens at first' when this was saved and is None now" in said.text()
+        "task.curriculum was 'auto, documents of 2 tokens at first' when this was saved and is 'off' now" in said.text()
     )
     straight = start(tmp_path / "run", store, ranks=1, stage=0, **KEYS | {"train__updates": 4})
     assert straight.wait() == [0]

@@ -104,6 +104,15 @@ def test_identity_and_settings():
     assert changed_settings(saved, {"optim.lr": 0.2, "world_size": 1}) == ["optim.lr 0.1 -> 0.2"]
 
 
+def test_a_checkpoint_from_before_there_was_a_key():
+    """It goes on where the key is off, and is refused by what to set where it is not; no news is made of settings."""
+    saved = manifest()
+    check_identity(saved, dict(saved.identity) | {"task.curriculum": "off"}, Path("c"))
+    with pytest.raises(CheckpointError, match=r"task.curriculum was 'off' when this was saved and is 'auto, .*' now"):
+        check_identity(saved, {"task.curriculum": "auto, documents of 4 tokens at first"}, Path("c"))
+    assert changed_settings(saved, dict(saved.settings) | {"run.snapshot_every": 0}) == []
+
+
 def test_listing_and_newest_good(tmp_path: Path):
     for step in (1, 2, 3):
         save(tmp_path, step)
