@@ -159,9 +159,9 @@ class Progress:
             self._bar = tqdm(total=updates, initial=done, dynamic_ncols=True, smoothing=0.05, bar_format=_BAR)
         self._write = write or (lambda text: print(text, flush=True))
 
-    def restart(self) -> None:
-        """Time counts from now: what came before was no update."""
-        self._started = time.monotonic()
+    def restart(self, update: int) -> None:
+        """Time counts from now, after `update` updates: what came before was no update, or is made again."""
+        self._first, self._started = update, time.monotonic()
         if self._bar is not None:
             self._bar.unpause()
 

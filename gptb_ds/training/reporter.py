@@ -59,10 +59,10 @@ class Reporter:
         if self._speaks:
             self._progress = Progress(last, update, self._facts.run.log_every)
 
-    def restart(self) -> None:
-        """Time counts from now: what came before was no update."""
+    def restart(self, update: int) -> None:
+        """Time counts from now, after `update` updates: what came before was no update, or is made again."""
         if self._progress is not None:
-            self._progress.restart()
+            self._progress.restart(update)
 
     def update(self, line: Metrics) -> None:
         """An update's metrics. Raises OSError when the disk does not take them and `run.on_save_error` is "stop"."""

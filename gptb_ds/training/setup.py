@@ -46,7 +46,7 @@ from gptb_ds.training.schedule import BatchPlan, run_tokens
 from gptb_ds.training.sinks import FOLDERS
 from gptb_ds.training.stop_requests import StopRequests
 from gptb_ds.training.train_state import RunFacts
-from gptb_ds.training.trainer import Trainer, TrainingError
+from gptb_ds.training.trainer import MetricsError, Trainer, TrainingError
 from gptb_ds.training.usage import usage_of
 
 
@@ -97,9 +97,10 @@ def train(config: Config, stop: StopRequests) -> int:
             leave()
             return code
         except (TrainingError, SaveError) as error:
-            if world.rank == 0:  # all ranks raise these
+            if world.rank == 0:
                 _speak(error, world)
-            take_leave()
+            if not isinstance(error, MetricsError):  # all ranks raise the others
+                take_leave()
         except torch.OutOfMemoryError as error:
             # On this rank alone: the others lose contact, and say so.
             _speak(torch.OutOfMemoryError(out_of_memory(error, trainer.facts, world.size)), world)

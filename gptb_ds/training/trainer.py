@@ -39,6 +39,10 @@ class TrainingError(RuntimeError):
     """Training can't go on; the message says why and where the last good checkpoint is."""
 
 
+class MetricsError(SaveError):
+    """The metrics can't be written. Rank 0 alone, which writes them, raises it: the others lose contact."""
+
+
 @dataclass(frozen=True)
 class RunData:
     """What a run reads: its training windows, what is held out (None: nothing is), and the tokenizer of both.
@@ -96,7 +100,7 @@ class Trainer:
         reason = None
         if self.state.evaluation_due or (self.state.update == 0 and run.eval_every):
             self._evaluate()
-            self.reporter.restart()
+            self.reporter.restart(self.state.update)
         if run.snapshot_every:
             self.snapshots.take(self.state, self.updates.state_BSE, saved=True)
         while self.state.tokens < end and reason is None:
@@ -106,6 +110,7 @@ class Trainer:
             results = self._train_window()
             if self.snapshots.loss_jumps(self.state, results) and self._went_back():
                 continue
+            self._check_not_lost()
             self.snapshots.follow_loss(self.state, results)
             self._grow_documents()
             if self._due(run.eval_every, before) or self.state.tokens >= end:
@@ -163,7 +168,7 @@ class Trainer:
             self._world.on_rank0(self.reporter.follow, self.state.update)
         except (OSError, ValueError) as error:
             raise SaveError(f"{error}; {self.checkpointer.last_good()}") from None
-        self.reporter.restart()
+        self.reporter.restart(self.state.update)
         window, reach = self.state.rewinds[-1]
         self.reporter.say(
             f"the loss jumped in update {jumped}: back to update {self.state.update}, to go on past window {window}"
@@ -200,11 +205,14 @@ class Trainer:
             with phase("logging"):
                 self.reporter.update(line)
         except OSError as error:
-            raise SaveError(f"{error}; {self.checkpointer.last_good()}") from None
-        if state.bad_in_row >= self.facts.train.max_bad_updates:
+            raise MetricsError(f"{error}; {self.checkpointer.last_good()}") from None
+
+    def _check_not_lost(self) -> None:
+        """Raises TrainingError, at a window's edge, after too many updates in a row that were not finite."""
+        if self.state.bad_in_row >= self.facts.train.max_bad_updates:
             self.checkpointer.finish()
             raise TrainingError(
-                f"{state.bad_in_row} updates in a row were not finite (train.max_bad_updates);"
+                f"{self.state.bad_in_row} updates in a row were not finite (train.max_bad_updates);"
                 f" {self.checkpointer.last_good()}. Lower optim.lr or optim.clip and run the command again"
             )
 
@@ -231,7 +239,7 @@ class Trainer:
         try:
             self.reporter.evaluation(line)
         except OSError as error:
-            raise SaveError(f"{error}; {self.checkpointer.last_good()}") from None
+            raise MetricsError(f"{error}; {self.checkpointer.last_good()}") from None
         progress_made(f"evaluation after update {state.update}")
 
     def _sample(self) -> str:

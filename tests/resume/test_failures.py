@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -144,6 +145,7 @@ def test_a_disk_that_takes_no_more_metrics(policy, store, tmp_path: Path):
     assert "Traceback" not in job.text()
     assert ("training goes on" in job.text(0)) == (policy == "continue")
     assert ("update 400/400" in job.text(0)) == (policy == "continue")
+    assert policy == "continue" or f"stopping: rank 0 on {socket.gethostname()} has ended" in job.text(1)
     newest = verify(next(folder for folder in checkpoint_folders(run) if (folder / "manifest.json").exists()))
     assert newest.step in losses_so_far(run), "no checkpoint claims lines that are not there"
 
