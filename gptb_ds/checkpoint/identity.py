@@ -6,18 +6,14 @@ from pathlib import Path
 
 from gptb_ds.checkpoint.format import CheckpointError, Manifest
 
-# What runs had before there was the key: a checkpoint from then does not name it.
-_BEFORE = {"task.curriculum": "off"}
-
 
 def check_identity(manifest: Manifest, identity: dict[str, object], folder: Path) -> None:
     """Raises CheckpointError with one line for each thing that must be the same and is not, both values named."""
-    saved = {key: value for key, value in manifest.identity.items() if value is not None}
-    pairs = [(key, saved.get(key, _BEFORE.get(key)), value) for key, value in identity.items()]
+    saved = _as_now(manifest.identity, identity)
     lines = [
-        f"{folder}: {key} was {before!r} when this was saved and is {now!r} now"
-        for key, before, now in pairs
-        if before != now
+        f"{folder}: {key} was {saved.get(key)!r} when this was saved and is {value!r} now"
+        for key, value in identity.items()
+        if saved.get(key) != value
     ]
     if lines:
         lines.append("set them back, name another --run.dir, or start anew with --run.resume never")
@@ -45,3 +41,12 @@ def keeps_moments(manifest: Manifest, optimizer: str, resume_optimizer: str, fol
             " its moments anew with --run.resume_optimizer switch"
         )
     return bool(before == optimizer)
+
+
+def _as_now(saved: dict[str, object], identity: dict[str, object]) -> dict[str, object]:
+    """A saved identity with the keys that it lacks, because there were none when it was saved."""
+    now = {key: value for key, value in saved.items() if value is not None}
+    # Whether lanes were out of step was a part of the data's fingerprint only.
+    other = {"on": "off", "off": "on"}.get(str(identity.get("data.stagger")))
+    stagger = identity.get("data.stagger") if saved.get("data") == identity.get("data") else other
+    return {"task.curriculum": "off", "data.stagger": stagger} | now

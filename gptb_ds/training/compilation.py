@@ -31,7 +31,7 @@ def with_compilation(config: Config, device: torch.device) -> Config:
     """
     if config.train.compile != "auto":
         return config
-    chosen = kept_choice(config, "compile", ("on", "off"))
+    chosen = kept_choice(config, "train.compile", ("on", "off"))
     if chosen is None:
         can_pay = config.model.kind == "gptb" and device.type == "cpu"
         worth = can_pay and estimated_seconds(config, device) >= WORTH_SECONDS

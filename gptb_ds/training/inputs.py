@@ -181,8 +181,7 @@ def _identity(config: Config, windows: LaneCollator, model: WindowModel) -> dict
     identity |= {f"data.{key}": getattr(data, key) for key in ("lanes", "window", "seed")}
     identity |= {f"data.{key}": getattr(data, key) for key in ("max_document_tokens", "weights")}
     identity |= {"train.seed": config.train.seed}
-    # None is also what a checkpoint says that was saved when lanes were always in step.
-    identity["data.stagger"] = "on" if data.is_staggered else None
+    identity["data.stagger"] = "on" if data.is_staggered else "off"
     curriculum = windows.curriculum
     identity["task.curriculum"] = (
         "off" if curriculum is None else f"auto, documents of {curriculum.start} tokens at first"

@@ -10,13 +10,28 @@ import yaml
 from gptb_ds.config import Config
 
 
-def kept_choice(config: Config, key: str, choices: Collection[str]) -> str | None:
-    """The choice that the run in `run.dir` made for `train.KEY`; None: it has made none, or starts anew."""
+def kept_choice(config: Config, key: str, choices: Collection[str], before: str | None = None) -> str | None:
+    """The choice that the run in `run.dir` made for `key` (GROUP.NAME); None: it has made none, or starts anew.
+
+    `before` is what runs did before there was the key.
+    """
     if config.run.resume == "never":
         return None
+    group, name = key.split(".")
     try:
-        found = yaml.safe_load((Path(config.run.dir) / "config.yaml").read_text())["train"][key]
+        found = yaml.safe_load((Path(config.run.dir) / "config.yaml").read_text()).get(group, {}).get(name, before)
         found = {True: "on", False: "off"}.get(found, found)  # a switch, as it was written once
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError):
         return None
     return found if found in choices else None
+
+
+def with_kept_order(config: Config) -> Config:
+    """`config` with the documents in the lanes as the run in `run.dir` began, whatever "auto" means today."""
+    data, task = config.data, config.task
+    if data.stagger == "auto":
+        chosen = kept_choice(config, "data.stagger", ("on", "off")) or ("on" if data.is_staggered else "off")
+        data = data.model_copy(update={"stagger": chosen})
+    if task.curriculum == "auto" and kept_choice(config, "task.curriculum", ("off",), before="off"):
+        task = task.model_copy(update={"curriculum": "off"})
+    return config.model_copy(update={"data": data, "task": task})

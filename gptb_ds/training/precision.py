@@ -20,7 +20,7 @@ def with_precision(config: Config, device: torch.device) -> Config:
     """
     if config.train.precision != "auto":
         return config
-    chosen = kept_choice(config, "precision", ("fp32", "bf16", "fp16"))
+    chosen = kept_choice(config, "train.precision", ("fp32", "bf16", "fp16"))
     if chosen is None and device.type == "cuda":
         chosen = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if chosen is None:

@@ -35,6 +35,7 @@ from gptb_ds.training.compilation import compile_step, obstacle, with_compilatio
 from gptb_ds.training.deepspeed_policy import zero_stage
 from gptb_ds.training.engine import Engine
 from gptb_ds.training.inputs import Inputs, read_inputs
+from gptb_ds.training.kept_choice import with_kept_order
 from gptb_ds.training.metrics import read_metrics
 from gptb_ds.training.out_of_memory import out_of_memory
 from gptb_ds.training.output import forgiving_output
@@ -116,6 +117,7 @@ def _set_up(config: Config, world: World, stop: StopRequests, started: float) ->
     """
     # 1. Read and check.
     config = world.on_rank0(with_backbone, config)
+    config = world.on_rank0(with_kept_order, config)
     config = world.on_rank0(with_precision, config, world.device)
     config = world.on_rank0(with_compilation, config, world.device)
     in_tf32 = allow_tf32(world.device, config.train.precision)

@@ -111,6 +111,10 @@ def test_a_checkpoint_from_before_there_was_a_key():
     with pytest.raises(CheckpointError, match=r"task.curriculum was 'off' when this was saved and is 'auto, .*' now"):
         check_identity(saved, {"task.curriculum": "auto, documents of 4 tokens at first"}, Path("c"))
     assert changed_settings(saved, dict(saved.settings) | {"run.snapshot_every": 0}) == []
+    for stagger in ("on", "off"):  # the data's fingerprint told
+        check_identity(saved, dict(saved.identity) | {"data.stagger": stagger}, Path("c"))
+    with pytest.raises(CheckpointError, match=r"data.stagger was 'off' when this was saved and is 'on' now"):
+        check_identity(saved, {"data": "y", "data.stagger": "on"}, Path("c"))
 
 
 def test_listing_and_newest_good(tmp_path: Path):

@@ -1,0 +1,51 @@
+"""A run that goes on keeps what it began with, whatever "auto" means today."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gptb_ds.config import Config, load_config, save_config
+from gptb_ds.training.kept_choice import with_kept_order
+
+
+def config(run: Path, **over: object) -> Config:
+    return load_config(None, {"data.path": "store", "run.dir": str(run), "data.max_document_tokens": 9} | over)
+
+
+def saved_before_the_keys(run: Path, stagger: bool) -> None:
+    """The config.yaml of a run from when `data.stagger` was a truth value and tasks had no curriculum."""
+    values = yaml.safe_load(save_config(config(run)))
+    values["data"]["stagger"] = stagger
+    del values["task"]
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_a_new_run_takes_todays_choices(tmp_path: Path):
+    new = with_kept_order(config(tmp_path))
+    assert (new.data.stagger, new.task.curriculum) == ("on", "auto")
+    assert with_kept_order(config(tmp_path, **{"data.max_document_tokens": None})).data.stagger == "off"
+
+
+@pytest.mark.parametrize(("stagger", "kept"), [(False, "off"), (True, "on")])
+def test_an_old_run_keeps_the_order_of_its_documents(stagger: bool, kept: str, tmp_path: Path):
+    saved_before_the_keys(tmp_path, stagger)
+    again = with_kept_order(config(tmp_path))
+    assert (again.data.stagger, again.task.curriculum) == (kept, "off")
+    anew = with_kept_order(config(tmp_path, **{"run.resume": "never"}))
+    assert (anew.data.stagger, anew.task.curriculum) == ("on", "auto")
+    (tmp_path / "config.yaml").write_text(save_config(again))
+    assert with_kept_order(config(tmp_path)) == again
+
+
+def test_what_is_given_stands(tmp_path: Path):
+    saved_before_the_keys(tmp_path, False)
+    assert with_kept_order(config(tmp_path, **{"data.stagger": "on"})).data.stagger == "on"
+
+
+@pytest.mark.parametrize("content", ["[]", "data: 3", ": :", "task:\n  curriculum: [a]"])
+def test_a_broken_file_keeps_nothing(content: str, tmp_path: Path):
+    (tmp_path / "config.yaml").write_text(content)
+    assert with_kept_order(config(tmp_path)).data.stagger == "on"
