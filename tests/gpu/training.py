@@ -169,24 +169,28 @@ RUNS: dict[str, dict[str, object]] = {
 def resume() -> dict[str, Any]:
     """The command, straight, straight again, and stopped after 4 of 12 updates and resumed: metrics and checkpoints.
 
-    "equal" is to the last bit. Each kind of run has a process for itself; kinds run side by side.
+    "equal" is to the last bit. Each run has a process for itself; they run side by side.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts = write_corpus(folder / "texts")
         run_command("prepare", "--source", texts, "--out", folder / "store", "--holdout", "0.2")
         rows = {}
-        for turn in ("straight", "again", "resumed"):
-            if turn == "resumed":
-                for kind in RUNS:
-                    rewind(folder / kind / "straight", folder / kind / "resumed", 4)
-            started = {kind: _train(folder, kind, turn) for kind in RUNS}
-            for kind, process in started.items():
-                _finish(process, f"{kind}, {turn}")
+        _run_all(folder, "straight", "again")
+        for kind in RUNS:
+            rewind(folder / kind / "straight", folder / kind / "resumed", 4)
+        _run_all(folder, "resumed")
         for kind in RUNS:
             straight, again, resumed = (folder / kind / turn for turn in ("straight", "again", "resumed"))
             rows[kind] = {"repeated": same_runs(straight, again, 12), "resumed": same_runs(straight, resumed, 12)}
         return rows
+
+
+def _run_all(folder: Path, *turns: str) -> None:
+    """These runs of every kind, side by side."""
+    started = {f"{kind}, {turn}": _train(folder, kind, turn) for kind in RUNS for turn in turns}
+    for what, process in started.items():
+        _finish(process, what)
 
 
 def run_command(*words: object) -> str:
