@@ -46,6 +46,20 @@ SMALL = {
         "1",
     ],
     "bench_resets": ["--lanes", "4", "--window", "4", "--updates", "9"],
+    "bench_exchange": [
+        "--lanes",
+        "2",
+        "--windows",
+        "2",
+        "--embd",
+        "8",
+        "--layers",
+        "1",
+        "--vocab",
+        "29",
+        "--updates",
+        "1",
+    ],
     "bench_collator": ["--lanes", "4", "--window", "4", "--seconds", "0.01"],
 }
 
