@@ -104,7 +104,20 @@ def _rate(args: argparse.Namespace, folder: Path, ranks: int, turn: int) -> floa
     values |= {"model.n_embd": args.embd, "train.precision": args.precision, "train.updates": args.updates}
     values |= {"run.eval_every": 0, "run.save_every": 0, "run.log_every": 1000, "optim.warmup_updates": 0}
     words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-    _run(["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "gptb_ds", "train", *words])
+    _run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+            "-m",
+            "gptb_ds",
+            "train",
+            *words,
+        ]
+    )
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
     return statistics.median(speeds[len(speeds) // 2 :])
