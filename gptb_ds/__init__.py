@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from gptb_ds import auto_classes
 
 if TYPE_CHECKING:
-    from gptb_ds.model import GPTBConfig, GPTBLMHeadModel, GPTBModel
+    from gptb_ds.model import GPTBConfig, GPTBDecoderConfig, GPTBDecoderLMHeadModel, GPTBLMHeadModel, GPTBModel
 
-__all__ = ["GPTBConfig", "GPTBLMHeadModel", "GPTBModel"]
+__all__ = ["GPTBConfig", "GPTBDecoderConfig", "GPTBDecoderLMHeadModel", "GPTBLMHeadModel", "GPTBModel"]
 
 auto_classes.register()
 

@@ -21,6 +21,9 @@ assert type(config).__module__ == "gptb_ds.model.configuration", type(config)
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_config(config)
 assert type(model).__name__ == "GPTBLMHeadModel", type(model)
+backbone = dict(model_type="llama", hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=10)
+other = AutoConfig.for_model("gptb_decoder", num_slots=3, backbone_config=backbone)
+assert type(AutoModelForCausalLM.from_config(other)).__name__ == "GPTBDecoderLMHeadModel"
 import inspect, transformers.models.auto.configuration_auto as table
 assert "CONFIG_MAPPING" in inspect.getsource(table)
 """
