@@ -27,6 +27,7 @@ class Reporter:
         self._failing: set[str] = set()
         self._progress: Progress | None = None
         self._nothing_counted = False
+        self._last = 0  # update of the run
         self._ignored = 0  # evaluations in a row in which the state was worth nothing
 
     @property
@@ -56,6 +57,7 @@ class Reporter:
 
     def start(self, update: int, last: int) -> None:
         """Training begins after `update` updates, of `last` in all: time counts from here."""
+        self._last = last
         if self._speaks:
             self._progress = Progress(last, update, self._facts.run.log_every)
 
@@ -95,7 +97,7 @@ class Reporter:
         worth = line.get("state_swapped")
         ignored = worth is not None and worth < IGNORED_BELOW and line["update"] > 0
         self._ignored = self._ignored + 1 if ignored else 0
-        is_last = self._ignored == 1 and line["update"] == self._facts.train.updates
+        is_last = self._ignored == 1 and line["update"] == self._last
         if worth is not None and (self._ignored == 2 or is_last):
             self.say(
                 f"WARNING: the state is being ignored: with another document's the held-out loss is {worth:.4f} nats a"

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -85,6 +86,7 @@ def run_cells(
             tried.append(cell.name)
             number = min({*range(workers)} - {*running})
             folder = results.path.parent / f"worker-{number}"
+            shutil.rmtree(folder, ignore_errors=True)  # the line of the run before is none of this one's
             process = context.Process(target=_train_and_score, args=(cell, folder, device, deadline))
             process.start()
             running[number] = (process, cell, time.monotonic())
@@ -106,9 +108,6 @@ def run_cells(
 
 def _train_and_score(cell: Cell, folder: Path, device: str, deadline: float | None) -> None:
     """One run, in a process of its own: its output, its folder and its line are in `folder`."""
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with (folder / "output.txt").open("w") as file:
         os.dup2(file.fileno(), 1)
