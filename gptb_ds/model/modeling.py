@@ -247,6 +247,9 @@ class RecurrentLM(WindowModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, object]:
+        # GenerationMixin.generate hands these on to the model (generation/utils.py, transformers 5), whose own models
+        # take whatever comes.
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("tokenizer", "assistant_tokenizer")}
         cache = kwargs.get("past_key_values")
         if (
             isinstance(cache, GPTBCache)
