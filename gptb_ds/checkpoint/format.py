@@ -55,7 +55,7 @@ class FileFacts(TypedDict):
     sha256: str
 
 
-@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class Manifest:
     """What a checkpoint holds. `identity` must equal the resuming run's; `settings` may differ and are logged.
 
@@ -66,7 +66,7 @@ class Manifest:
     tokens: NonNegativeInt
     loss: float | None
     world_size: PositiveInt
-    zero_stage: int
+    zero_stage: NonNegativeInt
     lanes: PositiveInt
     window: PositiveInt
     identity: dict[str, object]
@@ -138,7 +138,22 @@ def read_manifest(folder: Path) -> Manifest:
         if size != entry["bytes"]:
             what = "is missing" if size is None else f"has {size} bytes"
             raise CheckpointError(f"{folder}: {name} {what}, the manifest says {entry['bytes']}")
+    _check_ranges(folder, manifest)
     return manifest
+
+
+def _check_ranges(folder: Path, manifest: Manifest) -> None:
+    """Raises CheckpointError unless the files of lanes and of random states are of all the lanes and ranks."""
+    for kind, count in (("lanes", manifest.lanes), ("rng", manifest.world_size)):
+        names = [name.removesuffix(".safetensors").split("-") for name in manifest.files if name.startswith(f"{kind}-")]
+        at = 0
+        for first, last in sorted((int(start), int(stop)) for _, start, stop in names):
+            if first != at or last <= first:
+                break
+            at = last
+        if at != count:
+            what = "lanes" if kind == "lanes" else "ranks"
+            raise CheckpointError(f"{folder}: manifest.json says {count} {what}, its files {kind}-* are of {at}")
 
 
 def _parse(folder: Path, name: str) -> Manifest:

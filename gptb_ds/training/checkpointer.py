@@ -120,9 +120,10 @@ class Checkpointer:
                 f"{reader.folder}: says {manifest.step} updates of {manifest.tokens} tokens, its counters say"
                 f" {state.update} of {state.tokens}"
             )
-        if state.tokens % self._facts.window_tokens:
+        if (manifest.lanes, manifest.window) != (self._facts.lanes, self._facts.window):
             raise CheckpointError(
-                f"{reader.folder}: {state.tokens} tokens are no whole windows of {self._facts.window_tokens}"
+                f"{reader.folder}: says {manifest.lanes} lanes and windows of {manifest.window}, its identity says"
+                f" {self._facts.lanes} and {self._facts.window}"
             )
         weights = self._engine.fp32_state
         reader.check_model(weights.shapes(), weights.moments if self._keeps_moments(reader) else None)

@@ -6,12 +6,18 @@ import dataclasses
 from dataclasses import dataclass, field
 
 import pydantic.dataclasses
-from pydantic import ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 
 from gptb_ds.checkpoint.format import Counter
 from gptb_ds.config import OptimConfig, RunConfig, TrainConfig
 from gptb_ds.training.loss_jumps import LossAverage
 from gptb_ds.training.noise_scale import NoiseScale
+
+# Counters of which the first is a part of the second.
+_NEVER_ABOVE = [
+    *(("adam_start", "adam_steps"), ("adam_tokens", "tokens"), ("bad_in_row", "skipped")),
+    *(("noise_updates", "update"), ("loss_windows", "update")),
+]
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class RunFacts:
         return self.lanes * self.window
 
 
-@pydantic.dataclasses.dataclass(config=ConfigDict(strict=True, extra="forbid"))
+@pydantic.dataclasses.dataclass(config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class TrainState:
     """Where a run stands: all its counters. A checkpoint saves and restores every field by its name.
 
@@ -66,7 +72,7 @@ class TrainState:
     noise_variance: float = 0.0
     noise_updates: NonNegativeInt = 0
     loss_mean: float = 0.0
-    loss_variance: float = 0.0
+    loss_variance: NonNegativeFloat = 0.0
     loss_windows: NonNegativeInt = 0
     rewinds: list[list[NonNegativeInt]] = field(default_factory=list)
     skipped: NonNegativeInt = 0
@@ -113,4 +119,12 @@ class TrainState:
                 f"{state.adam_steps} steps of Adam, {state.skipped} skipped updates and {state.uncounted} in which"
                 f" nothing counted are not {state.update} updates"
             )
+        for small, large in _NEVER_ABOVE:
+            if getattr(state, small) > getattr(state, large):
+                raise ValueError(
+                    f"{small} {getattr(state, small)} is above {large} {getattr(state, large)}: counters of no run"
+                )
+        all_applied = state.adam_steps == state.update and not state.adam_start and "adam_tokens" in values
+        if all_applied and state.adam_tokens != state.tokens:
+            raise ValueError(f"all updates were applied, and adam_tokens {state.adam_tokens} are not {state.tokens}")
         return state
