@@ -28,7 +28,7 @@ def test_what_was_saved_is_restored() -> None:
         (SAVED, {"noise_updates": 100_000}, "noise_updates 100000 is above update 10"),
         (SAVED, {"loss_windows": 11}, "loss_windows 11 is above update 10"),
         (WHOLE, {"adam_tokens": 0}, "all updates were applied, and adam_tokens 0 are not 160"),
-        (SAVED, {"adam_steps": 8}, "8 steps of Adam and 1 skipped updates are not 10 updates"),
+        (SAVED, {"adam_steps": 8}, "8 steps of Adam, 1 skipped updates and 0 in which nothing counted are not 10"),
         (SAVED, {"noise_signal": float("nan")}, "noise_signal: Input should be a finite number"),
         (SAVED, {"loss_mean": float("inf")}, "loss_mean: Input should be a finite number"),
         (SAVED, {"loss_variance": -1.0}, "loss_variance: Input should be greater than or equal to 0"),
