@@ -17,7 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from side_by_side import Cell, Line, Results, parameters_of, run_cells
@@ -28,7 +28,7 @@ CHANCE = {"parity": 1 / 2, "cycle5": 1 / 5, "cycle6": 1 / 6, "s3": 1 / 6, "a5": 
 LENGTHS = {"a5": 32, "s5": 32, "programs3": 100, "programs5": 100, "copy": 10, "recall": 8}
 SOURCES = {
     "a5": "task:a5?length=32&min_length=16&count=300000",
-    "s5": "task:s5?length=32&min_length=16&count=600000",
+    "s5": "task:s5?length=32&min_length=16&count=400000",
     "programs3": "task:programs3?length=20&min_length=5&count=40000",
     "copy": "task:copy?length=5&min_length=5&distance=5&count=40000",
     "recall": "task:recall?length=4&min_length=4&distance=5&count=40000",
@@ -59,9 +59,13 @@ ABLATIONS: dict[str, Line] = {
     "beta2 0.95": {"optim.beta2": 0.95},
     "growth at 0.8": {"task.grow_at": 0.8},
 }
+MAIN_ABLATIONS = 6  # the first ones, which get all their seeds first
 GROUPS: dict[str, Line] = {
-    "a5": {"model.num_slots": 2, "model.n_embd": 64, "data.lanes": 512, "train.updates": 6000},
-    "s5": {"model.num_slots": 2, "model.n_embd": 128, "data.lanes": 512, "train.updates": 8000},
+    "a5": {"model.num_slots": 2, "model.n_embd": 64, "data.lanes": 512, "train.updates": 4000},
+    "s5": {
+        **{"model.num_slots": 2, "model.n_embd": 128, "model.initializer_range": 0.125},
+        **{"data.lanes": 512, "train.updates": 6000},
+    },
 }
 
 
@@ -83,8 +87,9 @@ def wanted(groups: Sequence[str], stores: Path, results: Results, device: str) -
     if "baselines" in groups:
         found += _baselines(stores, results)
     if "ablations" in groups:
-        pairs = [(change, task) for change in ABLATIONS for task in ("cycle6", "s3")]
-        found += [cell(stores, task, GPTB, change, s, ABLATIONS[change]) for s in SEEDS for change, task in pairs]
+        for changes in (list(ABLATIONS)[:MAIN_ABLATIONS], list(ABLATIONS)[MAIN_ABLATIONS:]):
+            pairs = [(change, task) for change in changes for task in ("cycle6", "s3")]
+            found += [cell(stores, task, GPTB, change, s, ABLATIONS[change]) for s in SEEDS for change, task in pairs]
     if "language" in groups:
         tasks = ("programs3", "copy", "recall")
         found += [
@@ -192,18 +197,20 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side (default: 1)")
     parser.add_argument("--seconds", type=float, help="stop after so long")
+    parser.add_argument("--first", type=int, help="only the first so many cells")
+    parser.add_argument("--updates", type=int, help="of every run, instead of what its cell says (to try it out)")
     args = parser.parse_args()
     started = time.monotonic()
     results, stores = Results(args.out / "results.jsonl"), args.out / "stores"
-    cells = wanted(args.cells, stores, results, args.device)
-    prepare_stores(stores, sorted({cell.name["task"] for cell in cells}))
-    run_cells(
-        lambda results: wanted(args.cells, stores, results, args.device),
-        results,
-        workers=args.workers,
-        device=args.device,
-        seconds=None if args.seconds is None else args.seconds - (time.monotonic() - started),
-    )
+
+    def cells(results: Results) -> list[Cell]:
+        found = wanted(args.cells, stores, results, args.device)[: args.first]
+        shorter = {} if args.updates is None else {"train.updates": args.updates}
+        return [replace(cell, keys=cell.keys | shorter) for cell in found]
+
+    prepare_stores(stores, sorted({cell.name["task"] for cell in cells(results)}))
+    left = None if args.seconds is None else args.seconds - (time.monotonic() - started)
+    run_cells(cells, results, workers=args.workers, device=args.device, seconds=left)
 
 
 if __name__ == "__main__":
