@@ -2,7 +2,7 @@
 
 A process of its own: `python -m tests.gpu_sim.engine_cases CASE...`, a case being STAGE:PRECISION:RECOMPUTE:GROUPS
 and then, one or none, :graph (captured windows), :offload (the optimizer on the host), :offload-all (the parameters
-too); or window:PRECISION:RECOMPUTE:1, or sample:PRECISION:0:TOKENS.
+too); or window:PRECISION:RECOMPUTE:1, or sample:PRECISION:0:TOKENS. @FAMILY behind it takes another backbone.
 Axes: B lanes, K steps.
 """
 
@@ -27,16 +27,20 @@ from gptb_ds.distributed.join import join
 from gptb_ds.distributed.world import World
 from gptb_ds.loading import PRECISIONS
 from gptb_ds.model.configuration import GPTBConfig
+from gptb_ds.model.decoder import AnyGPTB
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
 from gptb_ds.training.deepspeed_policy import with_defaults
 from gptb_ds.training.engine import Engine
 from gptb_ds.training.samples import sample_document
+from tests.harness.backbones import small_decoder
 
 LANES, STEPS, VOCAB = 8, 6, 31
 
 
-def small_model() -> GPTBLMHeadModel:
+def small_model(family: str = "") -> AnyGPTB:
+    if family:
+        return small_decoder(family, backbone={"vocab_size": VOCAB, "initializer_range": 0.02}).train()
     torch.manual_seed(5)
     shape = {"n_positions": 5, "num_slots": 5, "n_layer": 2, "n_head": 2, "n_embd": 16}
     return GPTBLMHeadModel(GPTBConfig(vocab_size=VOCAB, dropout=0.0, **shape)).train()
@@ -54,11 +58,11 @@ OFFLOADED = {"": {}, "offload": {"offload_optimizer": HOST}}
 OFFLOADED["offload-all"] = OFFLOADED["offload"] | {"offload_param": HOST}
 
 
-def run(world: World, stage: int, precision: str, recompute: int, groups: int, variant: str = "") -> dict:
+def run(world: World, stage: int, precision: str, recompute: int, groups: int, family: str, variant: str = "") -> dict:
     """Losses of three updates and the weights after them; what the last one waited for and copied."""
     offload = OFFLOADED.get(variant, {})
     engine = Engine(
-        WindowObjective(small_model(), recompute),
+        WindowObjective(small_model(family), recompute),
         world,
         lanes=LANES,
         lane_groups=groups,
@@ -81,9 +85,9 @@ def run(world: World, stage: int, precision: str, recompute: int, groups: int, v
     return {"losses": losses, "applied": applied, "weights": weights} | counts
 
 
-def run_window(device: torch.device, precision: str, recompute: int) -> dict:
+def run_window(device: torch.device, precision: str, recompute: int, family: str) -> dict:
     """Forward and backward of one window, without DeepSpeed: what a CUDA graph would hold."""
-    model = small_model().to(device, PRECISIONS[precision])
+    model = small_model(family).to(device, PRECISIONS[precision])
     window = windows(0, 1, device)[0]
     state = model.empty_state(LANES)
     fake_cuda.reset()
@@ -105,14 +109,15 @@ def main(cases: list[str]) -> None:
     torch.set_num_threads(1)
     world = join(60)
     for case in cases:
-        stage, precision, recompute, groups, *variant = case.split(":")
+        numbers, _, family = case.partition("@")
+        stage, precision, recompute, groups, *variant = numbers.split(":")
         try:
             if stage == "window":
-                found = run_window(world.device, precision, int(recompute))
+                found = run_window(world.device, precision, int(recompute), family)
             elif stage == "sample":
                 found = run_sample(world.device, precision, int(groups))
             else:
-                found = run(world, int(stage), precision, int(recompute), int(groups), *variant)
+                found = run(world, int(stage), precision, int(recompute), int(groups), family, *variant)
         except Exception:
             found = {"error": traceback.format_exc()}
         print(json.dumps({"case": case} | found), flush=True)
