@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptb_ds.data.documents import DocumentStore, open_store
-from gptb_ds.data.lanes import Pieces
+from gptb_ds.data.lanes import Pieces, shares_of_picks
 
 
 class Corpus:
@@ -28,6 +28,8 @@ class Corpus:
                     " a mixture needs equal tokenizers: prepare one of them again with the other's"
                 )
         self.stores = tuple(stores)
+        if shares is not None and not math.isfinite(sum(shares)):
+            shares = [share / max(shares) for share in shares]
         self.shares = None if shares is None or len(stores) == 1 else tuple(share / sum(shares) for share in shares)
         self.tokenizer, self.tokenizer_fingerprint = first.tokenizer, first.tokenizer_fingerprint
         self.vocab_size, self.eot_id = first.vocab_size, first.eot_id
@@ -44,6 +46,18 @@ class Corpus:
         if max_document_tokens is not None:
             self.check_cuts(f"data.max_document_tokens {max_document_tokens}")
         return [Pieces(store.offsets, max_document_tokens) for store in self.stores]
+
+    def missed_shares(self, max_document_tokens: int | None) -> list[str]:
+        """What a person should know of shares that whole documents can't meet: a line for each."""
+        if self.shares is None:
+            return []
+        found = shares_of_picks(self.pieces(max_document_tokens), self.shares)
+        return [
+            f"data.weights: {store.path} will be {part:.1%} of what is read, not {share:.1%}: documents of so different"
+            " lengths can't be mixed more finely; set data.max_document_tokens"
+            for store, share, part in zip(self.stores, self.shares, found, strict=True)
+            if abs(part - share) > 0.01
+        ]
 
     def check_cuts(self, option: str) -> None:
         """Raises ValueError when documents may not be read in parts, which `option` would do.

@@ -228,6 +228,16 @@ def _picks(sources: Sequence[Pieces], shares: Sequence[float]) -> list[int]:
     return picks.tolist()
 
 
+def shares_of_picks(sources: Sequence[Pieces], shares: Sequence[float]) -> list[float]:
+    """The part of the inputs that each source has in a mixture: `shares`, as far as whole picks can meet them.
+
+    A source whose documents are millions of times as long as the others' is picked once in MIX_BLOCK, however small its
+    share, and is then most of what is read.
+    """
+    read = [count * p.inputs / p.count for count, p in zip(_picks(sources, shares), sources, strict=True)]
+    return [inputs / sum(read) for inputs in read]
+
+
 @dataclass(frozen=True)
 class Fragments:
     """Runs of tokens to copy: `count` inputs from `start` in `source` to `column` on of `lane`; each field (F,)."""

@@ -85,6 +85,7 @@ def read_inputs(config: Config, world: World) -> Inputs:
     )
     held_out = _held_out(config, world, corpus)
     warnings = [] if held_out else [f"nothing is held out in {' '.join(config.data.path)}: no evaluation"]
+    warnings += corpus.missed_shares(config.data.max_document_tokens)
     if config.run.snapshot_every and config.data.max_document_tokens and not config.data.is_staggered:
         warnings.append(
             "run.snapshot_every: lanes that begin their pieces in the same column (data.max_document_tokens) make the"

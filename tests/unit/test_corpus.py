@@ -11,7 +11,8 @@ import pytest
 from gptb_ds.data.collator import LaneCollator
 from gptb_ds.data.corpus import open_corpus
 from gptb_ds.data.documents import open_store
-from tests.harness.stores import numbered_documents, together, write_store
+from gptb_ds.data.lanes import MIX_BLOCK, ShuffledOrder
+from tests.harness.stores import make_corpus, numbered_documents, together, write_store
 
 
 def test_one_path_is_a_store_and_several_are_a_mixture(tmp_path: Path) -> None:
@@ -108,3 +109,24 @@ def test_the_eot_of_a_cut_piece_counts_as_its_last_token(tmp_path: Path) -> None
         **{(1, 13): 0, (13, 14): 0, (14, 1): 0},
         **{(1, 21): 1, (21, 22): 1, (22, 1): 1},
     }
+
+
+def test_shares_that_documents_cannot_meet_are_said(tmp_path: Path) -> None:
+    """A store of one huge document is picked once in 65,536 times, and is most of what is read all the same."""
+    corpora = [make_corpus(tmp_path / "book", [[1] * 1_000_000]), make_corpus(tmp_path / "notes", [[2] * 9] * 50)]
+    whole = together(corpora, [0.5, 0.5])
+    book, notes = whole.missed_shares(None)
+    assert (
+        f"{corpora[0].stores[0].path} will be 60.4% of what is read, not 50.0%" in book
+    )  # 1,000,001 / (... + 65,535 * 10)
+    assert f"{corpora[1].stores[0].path} will be 39.6%" in notes
+    assert whole.missed_shares(1000) == []
+    assert together(corpora, None).missed_shares(None) == []
+
+
+def test_weights_of_any_size_are_shares(tmp_path: Path) -> None:
+    corpora = [make_corpus(tmp_path / name, [[1] * 9] * 5) for name in ("a", "b")]
+    assert together(corpora, [1e308, 1e308]).shares == (0.5, 0.5)
+    assert together(corpora, [5e-324, 5e-324]).shares == (0.5, 0.5)
+    order = ShuffledOrder(together(corpora, [1e308, 1e308]).pieces(None), 1, together(corpora, [1e308, 1e308]).shares)
+    assert np.bincount(order(np.arange(MIX_BLOCK))[0]).tolist() == [MIX_BLOCK // 2] * 2
