@@ -80,9 +80,23 @@ def run(world: World, stage: int, precision: str, recompute: int, groups: int, f
         losses.append(result.loss)
         applied.append(result.applied)
     counts = fake_cuda.counts()
+    weights = weights_of(engine)
+    twice = []
+    part, scaler = engine.fp32_state.own_part(), engine.fp32_state.scaler_state()
+    for _ in range(2):
+        engine.fp32_state.set_own_part(part)
+        engine.fp32_state.load_scaler_state(scaler)
+        parts = windows(3, groups, world.device)
+        given = [state.clone() for state in states]
+        result, _ = engine.update(list(zip(parts, given, strict=True)), 1e-3, LANES * STEPS)
+        twice.append({"loss": result.loss, "weights": weights_of(engine)})
+    return {"losses": losses, "applied": applied, "weights": weights, "twice": twice} | counts
+
+
+def weights_of(engine: Engine) -> dict[str, str]:
+    """A checksum of each weight."""
     tensors = engine.fp32_state.export(lambda name: True)["weight"]
-    weights = {name: hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
-    return {"losses": losses, "applied": applied, "weights": weights} | counts
+    return {name: hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
 
 
 def run_window(device: torch.device, precision: str, recompute: int, family: str) -> dict:
