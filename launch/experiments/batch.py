@@ -101,6 +101,7 @@ class Cells:
 
     def __init__(self, args: argparse.Namespace, results: Results) -> None:
         self._args, self._results = args, results
+        self.title = f"{args.model} model, {args.tokens / 1e6:.2f} M tokens each, best rate of each"
         self._sizes = [size for size in (32768, 512, 4096, 16384) if size in args.sizes]
 
     def wanted(self) -> list[Cell]:
@@ -187,7 +188,9 @@ class Cells:
         """Markdown: mean bits per byte over the seeds, half their range, updates made, seconds, and the best rate."""
         rows = ["| | " + " | ".join(f"{size:,} tokens an update" for size in SIZES) + " |", "| --- " * 5 + "|"]
         for contender, label in LABELS.items():
-            rows.append("| " + " | ".join([label, *(self._entry(contender, size) for size in SIZES)]) + " |")
+            row = [self._entry(contender, size) for size in SIZES]
+            if any(row):
+                rows.append("| " + " | ".join([label, *row]) + " |")
         return "\n".join(rows)
 
     def _entry(self, contender: str, size: int) -> str:
@@ -203,7 +206,7 @@ class Cells:
         return f"**{statistics.mean(bits):.2f}**{half}; {lines[0]['updates']:,} updates;{seconds} {rate}"
 
 
-def picture(cells: list[Cells], titles: list[str], path: Path) -> None:
+def picture(cells: list[Cells], path: Path) -> None:
     """Bits per byte over the tokens of an update, a line for each contender, side by side for each model."""
     import matplotlib
 
@@ -211,10 +214,12 @@ def picture(cells: list[Cells], titles: list[str], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, parts = pyplot.subplots(1, len(cells), figsize=(6.4 * len(cells), 4.4), squeeze=False)
-    for axes, one, title in zip(parts[0], cells, titles, strict=True):
+    for axes, one in zip(parts[0], cells, strict=True):
         for contender, label in LABELS.items():
             found = {size: [line["eval_bits_per_byte"] for line in one.lines(contender, size)] for size in SIZES}
             sizes = [size for size in SIZES if found[size]]
+            if not sizes:
+                continue
             axes.plot(sizes, [statistics.mean(found[size]) for size in sizes], marker="o", label=label)
             for size in sizes:
                 axes.plot([size] * len(found[size]), found[size], "k_", markersize=6)
@@ -222,7 +227,7 @@ def picture(cells: list[Cells], titles: list[str], path: Path) -> None:
         axes.set_xticks(list(SIZES), [f"{size:,}" for size in SIZES])
         axes.set_xlabel("tokens an update (of a whole window)")
         axes.set_ylabel("held-out bits per byte")
-        axes.set_title(title)
+        axes.set_title(one.title)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.tight_layout()
@@ -253,9 +258,7 @@ def main() -> None:
     if args.picture:
         all_args = [argparse.Namespace(**vars(args) | {"model": model}) for model in MODELS]
         models = [one for one in (Cells(a, results) for a in all_args) if any(one.lines(*p) for p in one.pairs())]
-        picture(
-            models, [f"{one.model}: {args.tokens / 1e6:.2f} M tokens each, best rate" for one in models], args.picture
-        )
+        picture(models, args.picture)
     elif not args.table:
         run_cells(lambda _: cells.wanted(), results, workers=args.workers, device=args.device, seconds=args.seconds)
     print(cells.table())

@@ -72,3 +72,14 @@ def test_what_was_made_is_not_made_again(batch: ModuleType, tmp_path: Path):
     results.add({"name": name, "eval_bits_per_byte": 2.5})
     again = batch.Results(tmp_path / "results.jsonl")
     assert again.line(**name) == {"name": name, "eval_bits_per_byte": 2.5}
+
+
+def test_the_published_runs_make_the_published_table_and_a_picture(batch: ModuleType, tmp_path: Path):
+    docs = Path(__file__).parents[2] / "docs"
+    (tmp_path / "results.jsonl").write_text((docs / "batch.jsonl").read_text())
+    page = (docs / "batch.md").read_text()
+    both = [cells_of(batch, tmp_path, model=model, seeds=3)[1] for model in ("small", "large")]
+    for cells in both:
+        assert cells.table() in page
+    batch.picture(both, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
