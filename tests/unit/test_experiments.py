@@ -60,3 +60,13 @@ def test_a_run_leaves_its_line_and_is_not_made_again(tmp_path: Path):
     assert 0.1 < line["accuracy"]["10"] < 1
     assert line["health"]["state_norm"] > 0
     assert line["parameters"] == 26_080
+
+
+def test_every_model_of_the_parity_benchmark_is_a_run(tmp_path: Path):
+    import parity_benchmark
+
+    cells = list(parity_benchmark.wanted(tmp_path))
+    assert len(cells) == 3 * len(parity_benchmark.MODELS)
+    for cell in cells:
+        config = load_config(cell.recipe, cell.keys)
+        assert (config.data.lanes, config.data.window, config.train.updates, config.optim.lr) == (64, 17, 1000, 3e-3)
