@@ -1,4 +1,4 @@
-"""The public parity benchmark of recurrent transformers (lucidrains/recurrent-transformer): trained at 16, tested to 128.
+"""The public parity benchmark (lucidrains/recurrent-transformer): trained at 16 bits, tested to 128.
 
     python launch/experiments/parity_benchmark.py --out runs/parity-benchmark
 
