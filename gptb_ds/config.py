@@ -233,7 +233,7 @@ class TrainConfig(Group):
     lane_groups: int = Field(1, ge=1, description="gradient accumulation: a rank's lanes in so many groups")
     recompute_every: int = Field(0, ge=0, description="keep states every c steps and recompute inside (0 = off)")
     graph: Switch = Field(
-        "off",
+        "auto",
         description="a window's forward and backward pass as CUDA graphs (auto: where it can be, at ZeRO stages 0 to 2"
         " without dropout)",
     )
