@@ -414,6 +414,11 @@ class Config(Group):
                 f"train.{key} {train.most_groups} does not divide data.lanes {self.data.lanes};"
                 f" choose one of {divisors(self.data.lanes)}"
             )
+        errors += [
+            f"run.dir {self.run.dir}: is the store of data.path, whose tokenizer the run would replace; name another"
+            for path in self.data.path
+            if Path(path).resolve() == Path(self.run.dir).resolve()
+        ]
         errors += self._only_for_gptb()
         if (self.model.context or self.data.window) < self.data.window:
             errors.append(

@@ -249,7 +249,7 @@ class Engine:
         A step with gradients of zero is none that changes nothing. Adam's follows what is left of its mean gradient;
         Muon's has its full length in that direction, however little is left, update after update.
         """
-        with self.evaluating():
+        with phase("forward"), self.evaluating():
             states = [self._deepspeed(w.input_ids, w.targets, w.reset, state, w.loss_weights)[1] for w, state in groups]
         raised = torch.tensor(flags(), dtype=torch.float64, device=self.world.device)
         raised_by = self.world.sum(raised).tolist()

@@ -101,6 +101,8 @@ class Trainer:
         if self.state.evaluation_due or (self.state.update == 0 and run.eval_every):
             self._evaluate()
             self.reporter.restart(self.state.update)
+            if self.state.evaluation_due:  # broken off (again): no update comes before it
+                reason = self._stop_reason()
         if run.snapshot_every:
             self.snapshots.take(self.state, self.updates.state_BSE, saved=True)
         while self.state.tokens < end and reason is None:
@@ -273,8 +275,10 @@ class Trainer:
             self._take_snapshot(before, saved=True)
         else:
             self._take_snapshot(before, saved=False)
-        if not self._stop_heard:
-            return None
+        return self._stop_reason() if self._stop_heard else None
+
+    def _stop_reason(self) -> str:
+        """What some rank was asked to stop for. All ranks must have heard that one was."""
         return next(reason for reason in self._world.all_gather(self.stop.reason) if reason)
 
     def _take_snapshot(self, before: int, saved: bool) -> None:
