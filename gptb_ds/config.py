@@ -322,7 +322,7 @@ class TaskConfig(Group):
         "auto", description="documents of a state-tracking task begin short and grow (text is never cut by it)"
     )
     start_length: int = Field(4, ge=1, description="tokens of the curriculum's longest documents at the start")
-    grow_at: float = Field(0.95, gt=0, le=1, description="running accuracy at which the curriculum's lengths double")
+    grow_at: float = Field(0.95, gt=0, lt=1, description="running accuracy at which the curriculum's lengths double")
 
 
 class RunConfig(Group):

@@ -68,6 +68,7 @@ def test_errors_between_keys_are_reported_together():
         ({"data.weights": [1.0, 0.0]}, "must all be above 0"),
         ({"train.recompute_every": 17}, "recompute_every 17 is above data.window 16"),
         ({"run.dir": "./b"}, "run.dir ./b: is the store of data.path"),
+        ({"task.grow_at": 1.0}, "task.grow_at: 1.0: input should be less than 1"),  # a running mean never gets there
     ],
 )
 def test_checks_between_keys(values, words):
