@@ -90,6 +90,10 @@ def wanted(groups: Sequence[str], stores: Path, results: Results, device: str) -
         for changes in (list(ABLATIONS)[:MAIN_ABLATIONS], list(ABLATIONS)[MAIN_ABLATIONS:]):
             pairs = [(change, task) for change in changes for task in ("cycle6", "s3")]
             found += [cell(stores, task, GPTB, change, s, ABLATIONS[change]) for s in SEEDS for change, task in pairs]
+    if "longer" in groups:
+        longer, change = {"train.updates": 2400, "optim.lr": 3e-3}, "lr 0.003, 2,400 updates"
+        trials = [(task, model) for model in BASELINES for task in ("s3", "cycle6")]
+        found += [cell(stores, t, m, change, s, BASELINES[m] | longer) for s in SEEDS for t, m in trials]
     if "language" in groups:
         tasks = ("programs3", "copy", "recall")
         found += [
@@ -192,7 +196,7 @@ def main() -> None:
         "--cells",
         nargs="+",
         default=["recipe", "baselines", "ablations"],
-        choices=["recipe", "baselines", "ablations", "groups", "language"],
+        choices=["recipe", "baselines", "ablations", "longer", "groups", "language"],
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side (default: 1)")

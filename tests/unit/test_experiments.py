@@ -26,7 +26,7 @@ def test_every_cell_of_state_tracking_is_a_run_of_its_own(tmp_path: Path, device
     import state_tracking
 
     results = state_tracking.Results(tmp_path / "results.jsonl")
-    groups = ["recipe", "baselines", "ablations", "groups", "language"]
+    groups = ["recipe", "baselines", "ablations", "longer", "groups", "language"]
     cells = state_tracking.wanted(groups, tmp_path / "stores", results, device)
     assert len(cells) > 100
     assert len({json.dumps(cell.name) for cell in cells}) == len(cells)
@@ -70,3 +70,14 @@ def test_every_model_of_the_parity_benchmark_is_a_run(tmp_path: Path):
     for cell in cells:
         config = load_config(cell.recipe, cell.keys)
         assert (config.data.lanes, config.data.window, config.train.updates, config.optim.lr) == (64, 17, 1000, 3e-3)
+
+
+def test_the_tables_in_the_docs_are_those_of_the_recorded_runs():
+    import tables
+
+    lines = tables.read_lines(tables.DATA)
+    assert len(lines) > 50
+    for page in tables.PAGES:
+        text = page.read_text()
+        assert "<!-- summary -->" in text
+        assert tables.filled(text, lines) == text, "run python launch/experiments/tables.py"

@@ -1,0 +1,295 @@
+"""The tables and pictures of docs/results.md and the README, made from docs/results.jsonl.
+
+    python launch/experiments/tables.py                  writes them
+    python launch/experiments/tables.py --add FILE...    takes in the lines of experiments' results.jsonl first
+
+A line that was stopped by a time limit is not taken in. A table stands between `<!-- NAME -->` and `<!-- end of
+NAME -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "docs" / "results.jsonl"
+PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
+TASKS = {"parity": "parity", "cycle5": "cycle 5", "cycle6": "cycle 6", "s3": "S3", "a5": "A5", "s5": "S5"}
+CHANCE = {"parity": "1/2", "cycle5": "1/5", "cycle6": "1/6", "s3": "1/6", "a5": "1/60", "s5": "1/120"}
+PUBLISHED = {
+    "parity": "sLSTM 2,048 (trained to 40); Mamba-2 and transformers fail",
+    "cycle5": "-",
+    "cycle6": "tanh RNN 1,000; Mamba-3 100",
+    "s3": "tanh RNN 1,000; Mamba-3 fails",
+    "a5": "-",
+    "s5": "128 (implicit Mamba-2; trained to 32)",
+}
+MODELS = {"gpt2": "GPT-2", "lstm": "LSTM", "gptb": "GPTB"}
+SHORT = 1_000
+
+
+def lines_of(lines: Iterable[Line], **name: Any) -> list[Line]:
+    """The lines whose names have these values, by seed."""
+    found = [line for line in lines if all(line["name"].get(key) == value for key, value in name.items())]
+    return sorted(found, key=lambda line: line["name"]["seed"])
+
+
+def best_lines(lines: list[Line], task: str, model: str) -> list[Line]:
+    """The runs of a model for a task: GPTB's are the recipe's, of the others those of the best rate."""
+    if model == "gptb":
+        return lines_of(lines, task=task, model=model, change="")
+    changes = {line["name"]["change"] for line in lines_of(lines, task=task, model=model)}
+    rates = [change for change in changes if "updates" not in change]
+    by_rate = [lines_of(lines, task=task, model=model, change=rate) for rate in sorted(rates)]
+    # The one with the most seeds is the one that was chosen with the first.
+    return max(by_rate, key=lambda found: (len(found), *_worth(found[0])), default=[])
+
+
+def _worth(line: Line) -> tuple[float, ...]:
+    shares = line["accuracy"].values()
+    return (line["longest_99"], line["longest_90"], -(line["tokens_to_99"] or 1e12), sum(shares) / len(shares))
+
+
+def _lengths(lines: list[Line], key: str = "longest_99") -> str:
+    """The lengths of the seeds, one number when they agree."""
+    found = [f"{line[key]:,}" for line in lines]
+    if not found:
+        return "not run"
+    return (
+        f"{found[0]} ({len(found)} of {len(found)})" if len(found) > 1 and len(set(found)) == 1 else " / ".join(found)
+    )
+
+
+def _tokens(lines: list[Line]) -> str:
+    found = [line["tokens_to_99"] for line in lines]
+    return " / ".join("never" if n is None else f"{n / 1000:,.0f} k" for n in found) or "not run"
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    rows = list(rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]) if rows else "Not run yet."
+
+
+def summary(lines: list[Line]) -> str:
+    """The longest length with 99% right answers, of each model and seed, beside what was published."""
+    head = ["task", "trained to", "chance", "GPT-2", "LSTM", "**GPTB**", "published (longest length >= 90%)"]
+    rows = []
+    for task, label in TASKS.items():
+        cells = [_lengths(best_lines(lines, task, model)) for model in MODELS]
+        rows.append([label, "32" if task in ("a5", "s5") else "60", CHANCE[task], *cells[:2], f"**{cells[2]}**"])
+        rows[-1].append(PUBLISHED[task])
+    return _table(head, rows)
+
+
+def details(lines: list[Line]) -> str:
+    """Every model and learning rate on every task."""
+    head = ["task", "model", "differs by", "seeds", "parameters", ">= 99% to", ">= 90% to", "tokens to 99%"]
+    rows = []
+    for task, label in TASKS.items():
+        for model, name in MODELS.items():
+            changes = {line["name"]["change"] for line in lines_of(lines, task=task, model=model)}
+            for change in sorted(c for c in changes if c == "" or c.startswith("lr ")):
+                found = lines_of(lines, task=task, model=model, change=change)
+                seeds = " ".join(str(line["name"]["seed"]) for line in found)
+                each = [_lengths(found), _lengths(found, "longest_90"), _tokens(found)]
+                rows.append([label, name, change or "-", seeds, f"{found[0]['parameters'] / 1000:.0f} k", *each])
+    return _table(head, rows)
+
+
+def ablations(lines: list[Line]) -> str:
+    """What differs from the recipe, on the two hardest of the small tasks."""
+    head = [
+        "differs from the recipe by",
+        "cycle 6: >= 99% to, by seed",
+        "tokens to 99%",
+        "S3: >= 99% to",
+        "tokens to 99%",
+    ]
+    names = [
+        line["name"]
+        for line in lines
+        if line["name"].get("model") == "gptb" and line["name"]["task"] in ("cycle6", "s3")
+    ]
+    rows = []
+    for change in dict.fromkeys(name["change"] for name in names):
+        row = [change or "**nothing: the recipe**"]
+        for task in ("cycle6", "s3"):
+            found = lines_of(lines, task=task, model="gptb", change=change)
+            row += [_lengths(found), _tokens(found)]
+        rows.append(row)
+    return _table(head, sorted(rows, key=lambda row: not row[0].startswith("**")))
+
+
+def health(lines: list[Line]) -> str:
+    """The state's figures at the end of training, where the run has them."""
+    head = [
+        "task",
+        "differs by",
+        "seed",
+        ">= 99% to",
+        "Lyapunov exponent",
+        "gradient at 16 steps",
+        "spread",
+        "swapped state, nats",
+    ]
+    rows = []
+    for line in lines:
+        found, name = line.get("health") or {}, line["name"]
+        if name.get("model") == "gptb" and "task" in name and found.get("state_lyapunov") is not None:
+            keys = ("state_lyapunov", "state_gradient_16", "state_spread", "state_swapped")
+            figures = ["-" if found.get(key) is None else f"{found[key]:.2g}" for key in keys]
+            longest = f"{line['longest_99']:,}"
+            rows.append(
+                [TASKS.get(name["task"], name["task"]), name["change"] or "-", str(name["seed"]), longest, *figures]
+            )
+    return _table(head, sorted(rows))
+
+
+def parity_benchmark(lines: list[Line]) -> str:
+    """Right answers at each length, the mean of the seeds (the least in brackets)."""
+    found = [line for line in lines if "benchmark" in line["name"]]
+    lengths = ["10", "20", "40", "80", "128"]
+    rows = []
+    for model in dict.fromkeys(line["name"]["model"] for line in found):
+        seeds = [line["accuracy"] for line in found if line["name"]["model"] == model]
+        shares = [[seed[length] for seed in seeds] for length in lengths]
+        rows.append([model, str(len(seeds)), *(f"{statistics.mean(s):.1%} ({min(s):.1%})" for s in shares)])
+    return _table(["model", "seeds", *(f"at {length}" for length in lengths)], rows)
+
+
+def language(lines: list[Line]) -> str:
+    """Right answers of the tasks in words, by length or distance."""
+    head = ["task", "model", "seeds", "right answers by length (programs: tokens; copy, recall: blanks between)"]
+    rows = []
+    for task in ("programs3", "copy", "recall"):
+        for model, label in MODELS.items():
+            found = lines_of(lines, task=task, model=model)
+            if found:
+                means = {key: statistics.mean(line["accuracy"][key] for line in found) for key in found[0]["accuracy"]}
+                shares = ", ".join(f"{key}: {share:.0%}" for key, share in means.items())
+                rows.append([task, label, str(len(found)), shares])
+    return _table(head, rows)
+
+
+def text(lines: list[Line]) -> str:
+    """Held-out bits per byte at the best rate, with what it costs."""
+    head = [
+        "text and budget",
+        "model",
+        "bits per byte (seeds)",
+        "best lr of",
+        "parameters",
+        "FLOPs of a token",
+        "FLOPs",
+        "seconds",
+    ]
+    rows = []
+    for name in dict.fromkeys(line["name"]["text"] for line in lines if "text" in line["name"]):
+        for model in dict.fromkeys(line["name"]["model"] for line in lines_of(lines, text=name)):
+            found = [line for line in lines_of(lines, text=name, model=model) if line.get("eval_bits_per_byte")]
+            if not found:
+                continue
+            first = [line for line in found if line["name"]["seed"] == 0]
+            best = min(first, key=lambda line: line["eval_bits_per_byte"])
+            same = [line for line in found if line["name"]["lr"] == best["name"]["lr"]]
+            bits = [line["eval_bits_per_byte"] for line in same]
+            spread = f" ±{(max(bits) - min(bits)) / 2:.3f}" if len(bits) > 1 else ""
+            rates = f"{best['name']['lr']:g} of {len(first)}"
+            flops = best["flops_per_token"]
+            costs = [f"{best['parameters'] / 1e6:.2f} M", f"{flops / 1e6:.1f} M", f"{flops * best['tokens']:.1e}"]
+            seconds = f"{statistics.mean(line['train_seconds'] for line in same):.0f}"
+            rows.append([name, model, f"**{statistics.mean(bits):.3f}**{spread} ({len(bits)})", rates, *costs, seconds])
+    return _table(head, rows)
+
+
+def hours(lines: list[Line]) -> str:
+    """What was computed."""
+    seconds = sum(line["seconds"] for line in lines)
+    return f"{len(lines)} runs, {seconds / 3600:.1f} hours of one core (or of a share of a GPU) in all."
+
+
+TABLES: dict[str, Callable[[list[Line]], str]] = {
+    "summary": summary,
+    "details": details,
+    "ablations": ablations,
+    "health": health,
+    "parity benchmark": parity_benchmark,
+    "language": language,
+    "text": text,
+    "hours": hours,
+}
+
+
+def filled(page: str, lines: list[Line]) -> str:
+    """The page with its tables made anew."""
+    for name, table in TABLES.items():
+        block = re.compile(rf"<!-- {name} -->\n.*?<!-- end of {name} -->", re.DOTALL)
+        if block.search(page):
+            page = block.sub(
+                lambda _, name=name, table=table: f"<!-- {name} -->\n{table(lines)}\n<!-- end of {name} -->", page
+            )
+    return page
+
+
+def picture(lines: list[Line], path: Path) -> None:
+    """Right answers by length, a panel for each task: models differ by their markers, too, for print in grey."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = [task for task in TASKS if best_lines(lines, task, "gptb")]
+    figure, panels = pyplot.subplots(2, -(-len(tasks) // 2), figsize=(10, 5.4), sharey=True, squeeze=False)
+    looks = {"gptb": ("o", "-", "black"), "lstm": ("^", "--", "0.35"), "gpt2": ("s", ":", "0.55")}
+    for axes in panels.flat[len(tasks) :]:
+        axes.set_visible(False)
+    for axes, task in zip(panels.flat, tasks, strict=False):
+        for model, (marker, style, grey) in looks.items():
+            for number, line in enumerate(best_lines(lines, task, model)):
+                at = [int(length) for length in line["accuracy"]]
+                label = MODELS[model] if number == 0 else None
+                axes.plot(at, list(line["accuracy"].values()), marker=marker, ls=style, color=grey, ms=4, label=label)
+        axes.axvline(32 if task in ("a5", "s5") else 60, color="0.8", lw=4, zorder=0)
+        top, bottom = CHANCE[task].split("/")
+        axes.axhline(int(top) / int(bottom), color="0.8", lw=1, zorder=0)
+        axes.set(xscale="log", title=TASKS[task], xlabel="length", ylim=(-0.02, 1.05))
+    panels[0][0].set_ylabel("right answers")
+    panels[1][0].set_ylabel("right answers")
+    panels[0][0].legend(loc="lower left", fontsize=8)
+    figure.suptitle(
+        "Trained to the grey line, tested beyond it: a line for each seed (horizontal: chance)", fontsize=10
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def read_lines(path: Path) -> list[Line]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", nargs="*", type=Path, default=[], metavar="FILE", help="take in these lines first")
+    args = parser.parse_args()
+    lines = read_lines(DATA)
+    known = [line["name"] for line in lines]
+    for line in (line for path in args.add for line in read_lines(path)):
+        if not line.get("stopped") and "error" not in line and line["name"] not in known:
+            known.append(line["name"])
+            line["keys"] = {key: value for key, value in line["keys"].items() if key != "data.path"}
+            lines.append(line)
+    DATA.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for page in PAGES:
+        page.write_text(filled(page.read_text(), lines))
+    picture(lines, ROOT / "docs" / "results-lengths.png")
+
+
+if __name__ == "__main__":
+    main()
