@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from gptb_ds.suggestions import nearest
 
@@ -33,6 +33,25 @@ def _as_switch(value: object) -> object:
 # YAML reads `on` and `off` as truth values, and a truth value can be given for them.
 _SWITCH = BeforeValidator(_as_switch)
 Switch = Annotated[Literal["auto", "on", "off"], _SWITCH]
+
+
+# Numbers that stand for "auto" until the run's first stage has decided: nobody can give them.
+AUTO_LANES, AUTO_RECOMPUTE = 0, -1
+
+
+def _auto_as(stands_for: int, least: int) -> BeforeValidator:
+    """ "auto", or a whole number of at least `least`."""
+
+    def check(value: object) -> object:
+        if value == "auto":
+            return stands_for
+        if isinstance(value, (int, str)) and re.fullmatch(r"[+-]?\d+", str(value)) and int(value) < least:
+            raise PydanticCustomError(
+                "too_small", "Input should be auto, or greater than or equal to {n}", {"n": least}
+            )
+        return value
+
+    return BeforeValidator(check)
 
 
 class ModelConfig(Group):
@@ -98,7 +117,11 @@ class ModelConfig(Group):
 class DataConfig(Group):
     path: list[str] = Field(min_length=1, description="stores made by `gptb-ds prepare` (several make a mixture)")
     weights: list[float] | None = Field(None, description="share of the tokens for each store of a mixture")
-    lanes: int = Field(64, ge=1, description="L: global document streams, fixed for a run")
+    lanes: Annotated[int, _auto_as(AUTO_LANES, 1)] = Field(
+        64,
+        description="L: global document streams, fixed for a run (auto: the fewest that nearly reach the best tokens/s,"
+        " measured before the run)",
+    )
     window: int = Field(16, ge=1, description="K: columns of one forward/backward")
     seed: int = Field(0, ge=0, description="order of the documents")
     max_document_tokens: int | None = Field(
@@ -231,7 +254,11 @@ class TrainConfig(Group):
         " decided once and kept when the run resumes)",
     )
     lane_groups: int = Field(1, ge=1, description="gradient accumulation: a rank's lanes in so many groups")
-    recompute_every: int = Field(0, ge=0, description="keep states every c steps and recompute inside (0 = off)")
+    recompute_every: Annotated[int, _auto_as(AUTO_RECOMPUTE, 0)] = Field(
+        0,
+        description="keep states every c steps and recompute inside (0 = off; auto: off where the window fits into"
+        " memory, else the largest c that does)",
+    )
     graph: Switch = Field(
         "auto",
         description="a window's forward and backward pass as CUDA graphs (auto: where it can be, at ZeRO stages 0 to 2"

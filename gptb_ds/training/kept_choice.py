@@ -26,6 +26,18 @@ def kept_choice(config: Config, key: str, choices: Collection[str], before: str 
     return found if found in choices else None
 
 
+def kept_number(config: Config, key: str) -> int | None:
+    """The number that the run in `run.dir` has for `key` (GROUP.NAME); None as in `kept_choice`."""
+    if config.run.resume == "never":
+        return None
+    group, name = key.split(".")
+    try:
+        found = yaml.safe_load((Path(config.run.dir) / "config.yaml").read_text())[group][name]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    return found if type(found) is int and found >= 0 else None
+
+
 def with_kept_order(config: Config) -> Config:
     """`config` with the documents in the lanes as the run in `run.dir` began, whatever "auto" means today."""
     data, task = config.data, config.task

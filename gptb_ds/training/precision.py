@@ -10,6 +10,8 @@ from gptb_ds.training.kept_choice import kept_choice
 
 # bf16 must be this much faster on a CPU: below, its missing bits are not worth it.
 _WORTH = 1.1
+# Where the number of lanes is itself measured, which takes a precision.
+_TYPICAL_LANES = 64
 
 
 def with_precision(config: Config, device: torch.device) -> Config:
@@ -24,7 +26,8 @@ def with_precision(config: Config, device: torch.device) -> Config:
     if chosen is None and device.type == "cuda":
         chosen = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if chosen is None:
-        rows = max(1, config.data.lanes // config.train.lane_groups) * config.model.num_slots
+        lanes = config.data.lanes or _TYPICAL_LANES
+        rows = max(1, lanes // config.train.lane_groups) * config.model.num_slots
         chosen = faster_on_this_cpu(rows, config.model.n_embd)
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": chosen})})
 

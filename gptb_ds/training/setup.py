@@ -45,6 +45,7 @@ from gptb_ds.training.reporter import Reporter
 from gptb_ds.training.run_folder import RunFolder
 from gptb_ds.training.schedule import BatchPlan, run_tokens
 from gptb_ds.training.sinks import FOLDERS
+from gptb_ds.training.sizes import free_memory, measure_memory, memory_line, with_sizes
 from gptb_ds.training.stop_requests import StopRequests
 from gptb_ds.training.train_state import RunFacts
 from gptb_ds.training.trainer import MetricsError, Trainer, TrainingError
@@ -119,6 +120,7 @@ def _set_up(config: Config, world: World, stop: StopRequests, started: float) ->
     config = world.on_rank0(with_backbone, config)
     config = world.on_rank0(with_kept_order, config)
     config = world.on_rank0(with_precision, config, world.device)
+    config = world.on_rank0(with_sizes, config, world.device, world.size, _ranks_here(world), print)
     config = world.on_rank0(with_compilation, config, world.device)
     in_tf32 = allow_tf32(world.device, config.train.precision)
     inputs = world.on_all_ranks(read_inputs, config, world)
@@ -194,6 +196,11 @@ def _must_not_be_beyond_the_end(manifest: Manifest, facts: RunFacts, checkpoint:
         )
 
 
+def _ranks_here(world: World) -> int:
+    """Ranks that share this host's memory; all of them where no launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+
+
 def _has_trained(metrics: Path) -> bool:
     """Whether there are updates in the metrics. Half a line at the end, or any other, is none of our business yet."""
     return metrics.is_file() and b'"loss"' in metrics.read_bytes()
@@ -219,6 +226,11 @@ def _build(inputs: Inputs, world: World, reporter: Reporter, stop: StopRequests,
             compile_step(cast(RecurrentLM, inputs.model), reporter.say)
         else:
             reporter.say(f"train.compile on: the step is not compiled: {hindered}")
+    if world.rank == 0 and isinstance(inputs.model, RecurrentLM):
+        memory = measure_memory(inputs.model, world.device, facts.train.precision)
+        free = free_memory(world.device, _ranks_here(world))
+        at_once = lanes // facts.train.lane_groups
+        reporter.say(memory_line(memory, at_once, facts.window, facts.train.recompute_every, free))
     engine = Engine(
         WindowObjective(inputs.model, facts.train.recompute_every, count_right=facts.is_task),
         world,
