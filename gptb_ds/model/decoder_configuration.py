@@ -92,6 +92,10 @@ class GPTBDecoderConfig(PreTrainedConfig):
         layers: int = self.backbone.num_hidden_layers
         return layers
 
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:  # by generate, for an assistant that leaves early
+        self.backbone.num_hidden_layers = value
+
     @property
     def num_attention_heads(self) -> int:
         heads: int = self.backbone.num_attention_heads

@@ -47,3 +47,14 @@ class GPTBOutput(ModelOutput):
 
     def __iter__(self) -> Iterator[object]:
         return iter((self.logits, self.past_hidden_states, self.loss))
+
+
+@dataclass
+class GatheredOutput(GPTBOutput):
+    """What a replica of `torch.nn.DataParallel` returns: its gather walks over an output by its keys.
+
+    transformers' Trainer makes such replicas when it is started without a launcher on a machine with several GPUs.
+    """
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self.keys())

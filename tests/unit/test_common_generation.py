@@ -146,12 +146,14 @@ def test_every_kind_of_attention_generates_the_same(model: PreTrainedModel, atte
     assert torch.equal(generate(loaded), generate(model))
 
 
-@pytest.mark.parametrize("settings", [{"prompt_lookup_num_tokens": 4}, {"assistant": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"prompt_lookup_num_tokens": 4}, {"assistant": True}, {"assistant_early_exit": 1}], ids=str
+)
 def test_assisted_decoding_returns_what_plain_decoding_returns(
     model: PreTrainedModel, settings: dict[str, Any]
 ) -> None:
-    if settings.pop("assistant", False):
-        settings["assistant_model"] = MODELS["llama" if model is MODELS["gpt2"] else "gpt2"]  # the other one
+    if settings.get("assistant"):
+        settings = {"assistant_model": MODELS["llama" if model is MODELS["gpt2"] else "gpt2"]}  # the other one
     both = {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True}
     plain, assisted = generate(model, IDS[:1], **both), generate(model, IDS[:1], **both, **settings)
     assert torch.equal(plain.sequences, assisted.sequences)

@@ -232,6 +232,18 @@ def test_every_weight_learns_with_and_without_gradient_checkpointing(
     assert not model.is_gradient_checkpointing
 
 
+def test_replicas_of_data_parallel_return_what_can_be_gathered(model: PreTrainedModel) -> None:
+    """As torch.nn.parallel.scatter_gather.gather does it on GPUs: by keys, and the class made again of pairs."""
+    whole = model(IDS, labels=IDS)
+    model._is_replica = True
+    parts = [model(IDS[row : row + 1], labels=IDS[row : row + 1]) for row in range(B)]
+    first = parts[0]
+    gathered = type(first)((key, torch.cat([part[key].reshape(1, -1) for part in parts])) for key in first)
+    assert set(gathered.keys()) == {"loss", "logits", "past_hidden_states"}
+    torch.testing.assert_close(gathered["logits"].reshape(whole.logits.shape), whole.logits)
+    torch.testing.assert_close(gathered["loss"].mean(), whole.loss)
+
+
 def test_gradients_reach_what_stands_before_frozen_weights(model: PreTrainedModel) -> None:
     model.train().requires_grad_(False)
     model.enable_input_require_grads()
