@@ -158,6 +158,8 @@ def _check_ranges(folder: Path, manifest: Manifest) -> None:
 
 def _parse(folder: Path, name: str) -> Manifest:
     """The manifest in the file `name`, unaltered and of this format; `read_manifest` says what is raised."""
+    if (folder / name).exists() and not (folder / name).is_file():  # to read a pipe would be to wait for ever
+        raise CheckpointError(f"{folder}: {name} cannot be read: it is no file")
     try:
         body = json.loads((folder / name).read_bytes())
         checksum = body.pop("checksum")

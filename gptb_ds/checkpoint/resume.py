@@ -62,10 +62,14 @@ def _worth_keeping(folders: list[Path]) -> list[Path]:
 
 
 def _must_be_a_checkpoint(folder: Path) -> None:
+    if folder.is_file():
+        raise ConfigError(f"run.resume {folder}: is a file; name the checkpoint's folder, {folder.parent} perhaps")
     if not folder.is_dir():
         raise ConfigError(f"run.resume {folder}: no such folder; give auto, never or a checkpoint's folder")
-    if own := checkpoint_folders(folder):
+    run = folder.parent if folder.name == "checkpoints" else folder
+    if own := checkpoint_folders(run):
+        what = "is a run" if run == folder else "holds the checkpoints of a run"
         raise ConfigError(
-            f"run.resume {folder}: is a run, not one of its checkpoints; its newest is {own[0]}. With --run.dir"
-            f" {folder} auto takes the newest that is good"
+            f"run.resume {folder}: {what}, not one of its checkpoints; its newest is {own[0]}. With --run.dir"
+            f" {run} auto takes the newest that is good"
         )

@@ -141,7 +141,7 @@ def _parse(line: bytes, place: str) -> Metrics:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not a JSON line: {error}; remove the line") from None
-    if not isinstance(values, dict) or type(values.get("update")) is not int:
+    if not isinstance(values, dict) or type(values.get("update")) is not int or values["update"] < 0:
         raise ValueError(f'{place}: not a line of metrics, an object with a whole number as "update"; remove the line')
     for name, value in values.items():
         if not isinstance(value, (int, float, type(None))):

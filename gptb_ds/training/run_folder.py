@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from gptb_ds.checkpoint.format import checkpoint_folders
 from gptb_ds.config import ConfigError
 from gptb_ds.distributed.world import World
 
@@ -58,12 +60,28 @@ class RunFolder:
             raise ConfigError(f"{self.checkpoints}{link}: leads nowhere; mount what is there, or remove the link")
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise ConfigError(f"{self.checkpoints}{link}: is no folder; move it away, or name another --run.dir")
+        for path, wanted in self._in_the_way():
+            nowhere = path.is_symlink() and not path.exists()
+            remedy = "mount what is there, or remove the link" if nowhere else "move it away, or name another --run.dir"
+            what = f"a link that leads nowhere ({path.readlink()})" if nowhere else f"is no {wanted}"
+            raise ConfigError(f"{path}: {what}; {remedy}")
         for folder in (self.path, self.checkpoints):
             try:
                 if folder.is_dir():
                     tempfile.TemporaryFile(dir=folder).close()
             except OSError as error:
                 raise ConfigError(f"{folder}{link}: cannot be written: {error.strerror}") from None
+
+    def _in_the_way(self) -> Iterator[tuple[Path, str]]:
+        """What has the name of something of a run and can't be it, and what it should be."""
+        for name in ("metrics.jsonl", "config.yaml", "stop"):
+            if (self.path / name).is_dir():
+                yield self.path / name, "file"
+        tokenizer = self.path / "tokenizer"
+        folders = [*([tokenizer] if os.path.lexists(tokenizer) else []), *checkpoint_folders(self.path)]
+        for folder in folders:
+            if not folder.is_dir():
+                yield folder, "folder"
 
     def set_aside(self, paths: Iterable[Path]) -> Path | None:
         """Moves files of an earlier run into a new folder `previous-N` of this one; returns it (None: none existed).

@@ -181,10 +181,13 @@ def _find_start(inputs: Inputs, folder: RunFolder, world: World, reporter: Repor
     own = world.on_rank0(is_own, checkpoint, folder.path)
     metrics = reporter.metrics_file if own else checkpoint.parent.parent / reporter.metrics_file.name
     # Here, where a broken line costs nothing yet: it is read again when the metrics are cut.
-    found = world.on_rank0(_read_if_there, metrics)
+    last = world.on_rank0(_last_update, metrics)
     changes = "; ".join(changed_settings(manifest, facts.settings))
     reporter.say(f"resuming from {checkpoint} (update {manifest.step})" + (f"; changed: {changes}" if changes else ""))
-    return _Start(reader, metrics if found else None, left_behind)
+    if (last or 0) < manifest.step:
+        there = "is not there" if last is None else f"ends after update {last}"
+        reporter.say(f"WARNING: {metrics} {there}: the lines up to update {manifest.step} are lost")
+    return _Start(reader, None if last is None else metrics, left_behind)
 
 
 def _must_not_be_beyond_the_end(manifest: Manifest, facts: RunFacts, checkpoint: Path) -> None:
@@ -206,11 +209,11 @@ def _has_trained(metrics: Path) -> bool:
     return metrics.is_file() and b'"loss"' in metrics.read_bytes()
 
 
-def _read_if_there(metrics: Path) -> bool:
-    if metrics.is_file():
-        read_metrics(metrics)
-        return True
-    return False
+def _last_update(metrics: Path) -> int | None:
+    """The last update of the metrics; 0 for none, None for no file. Raises ValueError as `read_metrics` does."""
+    if not metrics.is_file():
+        return None
+    return max((int(line["update"]) for line in read_metrics(metrics)), default=0)
 
 
 def _build(inputs: Inputs, world: World, reporter: Reporter, stop: StopRequests, profile: Profile | None) -> Trainer:

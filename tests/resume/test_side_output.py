@@ -80,6 +80,14 @@ def test_a_refused_start_changes_nothing(monitored: Path, store: Path, tmp_path:
     assert files_of(run) == before, "no sink begins before all is checked"
 
 
+def test_metrics_that_were_lost_are_said(monitored: Path, store: Path, tmp_path: Path):
+    run = rewind(monitored, tmp_path / "run", 8)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["update"] <= 3))
+    job = train(run, store)
+    assert f"WARNING: {run}/metrics.jsonl ends after update 3: the lines up to update 8 are lost" in job.text(0)
+
+
 def test_a_closed_pipe_ends_nothing(store: Path, tmp_path: Path):
     """Whoever reads what is printed goes away after the first line: `gptb-ds train ... | head -1`."""
     run = tmp_path / "run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -276,6 +277,14 @@ def test_a_manifest_of_brackets_is_refused_in_one_line(tmp_path: Path):
         read_manifest(folder)
     (folder / "manifest.json").write_text('{"a":' * 100_000)
     assert newest_good(tmp_path, World())[0] is None
+
+
+def test_a_pipe_for_a_manifest_is_not_waited_for(tmp_path: Path):
+    folder = save(tmp_path)
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+    with pytest.raises(CheckpointError, match=r"manifest.json cannot be read: it is no file"):
+        read_manifest(folder)
 
 
 def test_forged_lanes_and_random_states_are_refused(tmp_path: Path):

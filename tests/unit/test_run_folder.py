@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptb_ds.checkpoint.resume import is_own
+from gptb_ds.checkpoint.resume import choose_checkpoint, is_own
 from gptb_ds.config import ConfigError
 from gptb_ds.distributed.world import World
 from gptb_ds.training.run_folder import RunFolder
@@ -52,6 +52,28 @@ def test_a_folder_that_no_save_would_reach_is_refused_at_the_start(tmp_path: Pat
     assert not checkpoints.exists(), "to look changes nothing"
 
 
+def test_what_stands_in_the_way_is_refused_at_the_start(tmp_path: Path):
+    """Not hours later, at the first save; and a checkpoint on a scratch that is not mounted is not passed over."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("metrics.jsonl", "config.yaml", "stop"):
+        (run / name).mkdir()
+        with pytest.raises(ConfigError, match=rf"{name}: is no file; move it away, or name another --run.dir"):
+            RunFolder(str(run), World())
+        (run / name).rmdir()
+    for name in ("tokenizer", "checkpoints/step-00000008"):
+        (run / name).write_text("")
+        with pytest.raises(ConfigError, match=rf"{name}: is no folder; move it away, or name another --run.dir"):
+            RunFolder(str(run), World())
+        (run / name).unlink()
+        (run / name).symlink_to(tmp_path / "unmounted")
+        with pytest.raises(ConfigError, match=rf"{name}: a link that leads nowhere \(.*unmounted\); mount"):
+            RunFolder(str(run), World())
+        (run / name).unlink()
+        (run / name).symlink_to(tmp_path)
+        RunFolder(str(run), World()).release()
+
+
 def test_what_is_set_aside_stays_on_the_file_system_of_its_link(tmp_path: Path):
     run, scratch = tmp_path / "run", tmp_path / "scratch"
     run.mkdir()
@@ -79,3 +101,18 @@ def test_a_checkpoint_is_known_by_any_of_its_names(tmp_path: Path, monkeypatch: 
         assert is_own(Path(name), run)
     assert is_own(tmp_path / "best", run)
     assert not is_own(tmp_path / "other" / "checkpoints" / "step-00000004", run)
+
+
+def test_what_resume_names_is_said_when_it_is_no_checkpoint(tmp_path: Path):
+    folder = tmp_path / "run" / "checkpoints" / "step-00000008"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    for named, words in (
+        (folder / "manifest.json", f"is a file; name the checkpoint's folder, {folder} perhaps"),
+        (folder.parent, f"holds the checkpoints of a run, not one of its checkpoints; its newest is {folder}"),
+        (tmp_path / "run", f"is a run, not one of its checkpoints; its newest is {folder}"),
+        (tmp_path / "none", "no such folder; give auto, never or a checkpoint's folder"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            choose_checkpoint(str(named), tmp_path / "other", World(), print)
+        assert words in str(caught.value) and "\n" not in str(caught.value)

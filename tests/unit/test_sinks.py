@@ -177,6 +177,7 @@ def test_a_sink_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch
         (b'{"update": 7, "loss": "low"}\n', "metrics.jsonl:2: 'loss' is 'low' and no number"),
         (b'{"update": 7\xff}\n', "metrics.jsonl:2: not a JSON line"),
         (b"[" * 100_000 + b"\n", "metrics.jsonl:2: not a JSON line"),
+        (b'{"update": -3, "loss": 1.0}\n', "metrics.jsonl:2: not a line of metrics"),
     ],
 )
 def test_a_broken_line_of_metrics_is_named(broken: bytes, words: str, tmp_path: Path):
