@@ -90,18 +90,16 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]], updates: int) -> str:
-    """Markdown: bits per byte of held-out text on the way, and how large and fast the model is."""
+    """Markdown: bits per byte of held-out text on the way, and how large the model is."""
     newest = {line["backbone"]: line for line in lines if line["wanted"] == updates}
     found = list(newest.values())
     points = sorted({update for line in found for update, _ in line["evaluations"]})
-    heads = ["backbone", "parameters", *(f"update {update:,}" for update in points), "tokens/s"]
+    heads = ["backbone", "parameters", *(f"update {update:,}" for update in points)]
     rows = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for line in found:
         bits = dict(line["evaluations"])
         cells = [f"{bits[update]:.2f}" if update in bits else "" for update in points]
-        rows.append(
-            f"| {line['backbone']} | {line['parameters']:,} | {' | '.join(cells)} | {line['tokens_per_second']:,.0f} |"
-        )
+        rows.append(f"| {line['backbone']} | {line['parameters']:,} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

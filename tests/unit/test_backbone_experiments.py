@@ -28,7 +28,7 @@ def test_the_table_shows_the_newest_line_of_each_backbone(experiment: Any) -> No
     done = line | {"updates": 8, "evaluations": [[0, 3.5], [4, 3.0], [8, 2.25]]}
     other = done | {"wanted": 9}
     assert experiment("backbones").table([stopped, done, other], 8).splitlines()[2:] == [
-        "| llama | 1,234 | 3.50 | 3.00 | 2.25 | 100 |"
+        "| llama | 1,234 | 3.50 | 3.00 | 2.25 |"
     ]
 
 
