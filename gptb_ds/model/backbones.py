@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from .configuration import GPTBConfig
 from .decoder import GPTBDecoderLMHeadModel, GPTBDecoderModel, decoder_class
 from .decoder_configuration import GPTBDecoderConfig
 
@@ -80,14 +81,17 @@ def named_backbone(name: str, sizes: dict[str, int], *, dropout: float, **values
     if not is_family(name):
         raise UnsuitableError(_no_such(name))
     kind: Any = CONFIG_MAPPING[name]
-    usual = kind()
+    try:
+        usual = kind()
+    except Exception as error:  # transformers has classes of its own for what its checks refuse
+        raise UnsuitableError(f"backbone {name}: it can't be had by its name alone ({_one_line(error)})") from None
     check_architecture(usual, name)
     given = {"num_key_value_heads": sizes["num_attention_heads"]} | sizes
     known = {field.name for field in dataclasses.fields(kind)} | kind.attribute_map.keys()
     inner = "ffn_dim" if "ffn_dim" in known else "intermediate_size"  # OPT and those that follow it
     if "intermediate_size" in sizes:
         given[inner] = given.pop("intermediate_size")
-    elif getattr(usual, inner, None):
+    elif isinstance(getattr(usual, inner, None), int):
         given[inner] = 8 * max(1, round(getattr(usual, inner) / usual.hidden_size * given["hidden_size"] / 8))
     missing = sorted(key for key in given if key in {*sizes, inner} and key not in known)
     if "num_attention_heads" in missing:
@@ -133,7 +137,9 @@ def build_decoder(config: GPTBDecoderConfig) -> GPTBDecoderLMHeadModel:
 def check_architecture(config: PreTrainedConfig, name: str) -> None:
     """Raises ValueError, in one line with the reason, for what is no decoder in one piece."""
     reason = None
-    if config.is_encoder_decoder:
+    if name in (GPTBConfig.model_type, GPTBDecoderConfig.model_type):
+        reason = "a GPTB itself; its blocks are another decoder's"
+    elif config.is_encoder_decoder:
         reason = "an encoder and a decoder; its decoder alone predicts nothing"
     elif config.get_text_config() is not config:
         text = config.get_text_config().model_type

@@ -274,6 +274,9 @@ REFUSED = {
     "mixtral": "a mixture of experts",
     "gpt_oss": "a mixture of experts",
     "xlnet": "does not run over embeddings with a mask",
+    "gptb": "a GPTB itself",
+    "gemma4_assistant": "can't be had by its name alone",
+    "gpt_neo": "backbone gpt_neo: ",
     "bloom": "does not run over embeddings with a mask",
 }
 
