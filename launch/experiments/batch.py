@@ -215,12 +215,14 @@ def picture(cells: list[Cells], path: Path) -> None:
 
     figure, parts = pyplot.subplots(1, len(cells), figsize=(6.4 * len(cells), 4.4), squeeze=False)
     for axes, one in zip(parts[0], cells, strict=True):
-        for contender, label in LABELS.items():
+        for number, (contender, label) in enumerate(LABELS.items()):
             found = {size: [line["eval_bits_per_byte"] for line in one.lines(contender, size)] for size in SIZES}
             sizes = [size for size in SIZES if found[size]]
             if not sizes:
                 continue
-            axes.plot(sizes, [statistics.mean(found[size]) for size in sizes], marker="o", label=label)
+            axes.plot(
+                sizes, [statistics.mean(found[size]) for size in sizes], marker="o", label=label, color=f"C{number}"
+            )
             for size in sizes:
                 axes.plot([size] * len(found[size]), found[size], "k_", markersize=6)
         axes.set_xscale("log", base=2)
