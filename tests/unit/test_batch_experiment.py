@@ -45,7 +45,8 @@ def test_every_cell_is_a_run(batch: ModuleType, model: str, tmp_path: Path):
 def test_the_recipe_is_the_last_contender(batch: ModuleType, tmp_path: Path):
     _, cells = cells_of(batch, tmp_path, contenders=["late"], sizes=[32768])
     recipe, (cell,) = load_config("wide", {}), cells.wanted()
-    ours = load_config(None, cell.keys | {"data.path": "data/stdlib", "data.stagger": "auto"})
+    same = {"data.path": "data/stdlib", "data.stagger": "auto", "train.graph": recipe.train.graph}
+    ours = load_config(None, cell.keys | same)
     for group in ("model", "data", "optim", "train"):
         assert getattr(recipe, group) == getattr(ours, group)
     assert recipe.data.is_staggered
