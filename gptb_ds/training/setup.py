@@ -33,11 +33,12 @@ from gptb_ds.model_choice import with_backbone
 from gptb_ds.training.checkpointer import Checkpointer
 from gptb_ds.training.compilation import compile_step, obstacle, with_compilation
 from gptb_ds.training.deepspeed_policy import zero_stage
+from gptb_ds.training.device_failures import DeviceFailureError, named_failures
 from gptb_ds.training.engine import Engine
 from gptb_ds.training.inputs import Inputs, read_inputs
 from gptb_ds.training.kept_choice import with_kept_order
+from gptb_ds.training.memory import GpuMemory, gpu_memory
 from gptb_ds.training.metrics import read_metrics
-from gptb_ds.training.out_of_memory import out_of_memory
 from gptb_ds.training.output import forgiving_output
 from gptb_ds.training.precision import allow_tf32, with_precision
 from gptb_ds.training.profile import Profile
@@ -84,6 +85,9 @@ def train(config: Config, stop: StopRequests) -> int:
             if is_shared(error):  # whoever comes here last must not take the first to end for a loss
                 take_leave()
             _end(USAGE if isinstance(error, ValueError) else FAULT)
+        except DeviceFailureError as error:
+            _speak(error, world)
+            _end(FAULT)
         except BaseException as error:
             report_error(error, world)
             _end(FAULT)
@@ -103,9 +107,9 @@ def train(config: Config, stop: StopRequests) -> int:
                 _speak(error, world)
             if not isinstance(error, MetricsError):  # all ranks raise the others
                 take_leave()
-        except torch.OutOfMemoryError as error:
+        except DeviceFailureError as error:
             # On this rank alone: the others lose contact, and say so.
-            _speak(torch.OutOfMemoryError(out_of_memory(error, trainer.facts, world.size)), world)
+            _speak(error, world)
         except BaseException as error:
             report_error(error, world)
         _end(FAULT)
@@ -134,11 +138,12 @@ def _set_up(config: Config, world: World, stop: StopRequests, started: float) ->
     # 3. Find what to resume.
     start = _find_start(inputs, folder, world, reporter)
     # 4. Build and restore.
-    trainer = _build(inputs, world, reporter, stop, profile)
-    progress_made("building the engine")
-    if start.reader is not None:
-        trainer.restore(start.reader)
-        start.reader.close()
+    with named_failures(inputs.facts, world.size):
+        trainer = _build(inputs, world, reporter, stop, profile)
+        progress_made("building the engine")
+        if start.reader is not None:
+            trainer.restore(start.reader)
+            start.reader.close()
     # 5. The first change on disk.
     kept = folder.set_aside(start.left_behind)
     if kept:
@@ -292,7 +297,8 @@ def _headline(config: Config, world: World, trainer: Trainer, in_tf32: bool) -> 
 
 def _run(trainer: Trainer, folder: RunFolder, world: World) -> int:
     try:
-        reason = trainer.loop()
+        with named_failures(trainer.facts, world.size, _memory_left(trainer.engine)):
+            reason = trainer.loop()
     finally:
         trainer.data.windows.close()
     if trainer.profile is not None:
@@ -309,6 +315,14 @@ def _run(trainer: Trainer, folder: RunFolder, world: World) -> int:
             print(f"stopped after update {trainer.state.update}: {reason}; {again} continues", flush=True)
     folder.release()
     return DONE if reason is None else STOPPED
+
+
+def _memory_left(engine: Engine) -> GpuMemory | None:
+    """Before the first window. Gradients are still to come; at stage 0 moments, too."""
+    parameters = sum(torch.Size(shape).numel() for shape in engine.fp32_state.shapes().values())
+    gradients = parameters // engine.world.size if engine.stage >= 2 else parameters
+    moments = 2 * parameters if engine.stage == 0 else 0
+    return gpu_memory(engine.model.config, engine.world.device, engine.dtype.itemsize, gradients, moments)
 
 
 def _speak(error: BaseException, world: World) -> None:

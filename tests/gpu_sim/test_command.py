@@ -73,3 +73,26 @@ def test_fp16_at_stage_0_is_refused(device, store, tmp_path):
     ((code, _, errors),) = train(device, tmp_path / "run", store, *options)
     assert code == 2
     assert "fp16 at ZeRO stage 0" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [
+        (
+            "memory",
+            ["CUDA out of memory. Tried to allocate 20.00 MiB", "holds 6 of the window's 6 columns for 8 lanes"],
+        ),
+        ("assert", ["CUDA error: device-side assert triggered (data.lanes 8 on 1 rank(s)", "CUDA_LAUNCH_BLOCKING=1"]),
+    ],
+)
+def test_a_failure_of_the_gpu_is_one_line(failure, says, device, store, tmp_path):
+    options = ["--run.eval_every", "0"]
+    ((code, _, errors),) = train(device, tmp_path / "run", store, *options, FAKE_CUDA_FAILURE=failure)
+    assert code == 1
+    (line,) = [line for line in errors.splitlines() if "CUDA" in line]
+    assert all(text in line for text in says), line
+    assert "Traceback" not in errors
+    if failure == "memory":
+        assert "GiB that weights and optimizer leave of the GPU's 80.00 GiB" in line
+        assert "--train.recompute_every 2 keeps 2 columns" in line and "--train.lane_groups 2 keeps 1/2" in line

@@ -1,0 +1,115 @@
+"""What a run says when a GPU fails it: memory that does not suffice, with what would, and errors of CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import isqrt
+
+import torch
+
+from gptb_ds.config import divisors
+from gptb_ds.training.memory import GpuMemory
+from gptb_ds.training.train_state import RunFacts
+
+# Of the free memory: allocators lose some of it between blocks.
+_USABLE = 0.9
+# Errors that mean memory, though no allocator of torch's raised them.
+_NO_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+_OF_DEVICE = ("cuda error", "cuda driver error", "cudnn error", "cublas_status", "cudnn_status", "hip error")
+
+
+class DeviceFailureError(RuntimeError):
+    """A GPU has failed this rank; the message is one line. The other ranks lose contact."""
+
+
+@contextmanager
+def named_failures(facts: RunFacts, ranks: int, memory: GpuMemory | None = None) -> Iterator[None]:
+    """Raises DeviceFailureError for an error of the device inside; others go on as they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).lower()
+        if isinstance(error, torch.OutOfMemoryError) or any(word in said for word in _NO_MEMORY):
+            raise DeviceFailureError(out_of_memory(error, facts, ranks, memory)) from error
+        if any(word in said for word in _OF_DEVICE):
+            raise DeviceFailureError(device_error(error, facts, ranks)) from error
+        raise
+
+
+def out_of_memory(error: BaseException, facts: RunFacts, ranks: int, memory: GpuMemory | None = None) -> str:
+    """One line: torch's own words, lanes, window, recomputation and lane groups, and settings that would need less.
+
+    With `memory` only settings that would fit, and what they would take.
+    """
+    lanes, groups, every = facts.lanes // ranks, facts.train.most_groups, facts.train.recompute_every
+    held = every or facts.window
+    needs = f": {_gib(_need(facts, lanes // groups, every, memory))} of {_room(memory)}" if memory else ""
+    remedies = _fitting(facts, lanes, memory)
+    remedies.append("a policy of a higher ZeRO stage, or with offload, takes optimizer state off the GPU")
+    return (
+        f"{_first_line(error)}. A backward pass holds {held} of the window's {facts.window} columns for"
+        f" {lanes // groups} lanes ({_settings(facts, ranks)}){needs}. With less: {'; '.join(remedies)}"
+    )
+
+
+def device_error(error: BaseException, facts: RunFacts, ranks: int) -> str:
+    """One line: CUDA's own words, what ran, and how to find out more."""
+    return (
+        f"{_first_line(error)} ({_settings(facts, ranks)}). Kernels run later than they are called: where it happened"
+        " is known with CUDA_LAUNCH_BLOCKING=1 and --train.graph off. A device-side assert mostly is a token outside of"
+        " the vocabulary; anything else may be the GPU or its driver: `dmesg` (Xid) and `nvidia-smi -q` tell"
+    )
+
+
+def _fitting(facts: RunFacts, lanes: int, memory: GpuMemory | None) -> list[str]:
+    """Settings that need less; with `memory`, those that fit."""
+    groups, every = facts.train.most_groups, facts.train.recompute_every
+    root = max(1, isqrt(facts.window))
+    columns = [c for c in (root, root // 2, root // 4, 1) if 0 < c < (every or facts.window)]
+    more = [n for n in divisors(lanes) if n > groups and n % groups == 0]
+
+    def fits(n: int, c: int) -> bool:
+        return memory is None or _need(facts, lanes // n, c, memory) <= _USABLE * memory.free
+
+    def takes(n: int, c: int) -> str:
+        return f" ({_gib(_need(facts, lanes // n, c, memory))})" if memory else ""
+
+    found = []
+    shorter = next((c for c in columns if fits(groups, c)), None)
+    if shorter is not None:
+        kept = f"--train.recompute_every {shorter} keeps {shorter} columns and computes a third more"
+        found.append(kept + takes(groups, shorter))
+    several = next((n for n in more if fits(n, every)), None)
+    if several is not None:
+        found.append(
+            f"--train.lane_groups {several} keeps {groups}/{several} of the lanes at once{takes(several, every)}"
+        )
+    if not found:
+        both = next(((n, c) for n in more for c in columns if fits(n, c)), None)
+        if both is not None:
+            found.append(f"--train.lane_groups {both[0]} with --train.recompute_every {both[1]}{takes(*both)}")
+    return found
+
+
+def _need(facts: RunFacts, lanes: int, every: int, memory: GpuMemory | None) -> float:
+    return memory.window.kept(lanes, facts.window, every) if memory else 0.0
+
+
+def _room(memory: GpuMemory) -> str:
+    return f"the {_gib(memory.free)} that weights and optimizer leave of the GPU's {_gib(memory.total)}"
+
+
+def _settings(facts: RunFacts, ranks: int) -> str:
+    return (
+        f"data.lanes {facts.lanes} on {ranks} rank(s), data.window {facts.window}, train.lane_groups"
+        f" {facts.train.most_groups}, train.recompute_every {facts.train.recompute_every}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["out of memory"])[0].rstrip(".")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
