@@ -2,7 +2,8 @@
 
 A process of its own: `python -m tests.gpu_sim.engine_cases CASE...`, a case being STAGE:PRECISION:RECOMPUTE:GROUPS
 and then, one or none, :graph (captured windows), :offload (the optimizer on the host), :offload-all (the parameters
-too); or window:PRECISION:RECOMPUTE:1, or sample:PRECISION:0:TOKENS. @FAMILY behind it takes another backbone.
+too); or window:PRECISION:RECOMPUTE:1, sample:PRECISION:0:TOKENS, or kept:PRECISION:RECOMPUTE:LANES. @FAMILY behind
+it takes another backbone.
 Axes: B lanes, K steps.
 """
 
@@ -32,6 +33,7 @@ from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
 from gptb_ds.training.deepspeed_policy import with_defaults
 from gptb_ds.training.engine import Engine
+from gptb_ds.training.memory import window_memory
 from gptb_ds.training.samples import sample_document
 from tests.harness.backbones import small_decoder
 
@@ -53,6 +55,8 @@ def windows(update: int, groups: int, device: torch.device) -> list[Window]:
     return Window(tokens[:-1], tokens[1:], reset, None).to(device).split_lanes(groups)
 
 
+# The policy's own buckets are 200 MB of poisoned memory a case.
+SMALL_BUCKETS = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000}
 HOST = {"device": "cpu", "pin_memory": False}
 OFFLOADED = {"": {}, "offload": {"offload_optimizer": HOST}}
 OFFLOADED["offload-all"] = OFFLOADED["offload"] | {"offload_param": HOST}
@@ -68,7 +72,7 @@ def run(world: World, stage: int, precision: str, recompute: int, groups: int, f
         lane_groups=groups,
         precision=precision,
         optim=OptimConfig(lr=1e-3, warmup_updates=0),
-        policy=with_defaults({"zero_optimization": {"stage": stage} | offload}),
+        policy=with_defaults({"zero_optimization": {"stage": stage} | (SMALL_BUCKETS if stage else {}) | offload}),
         graph="on" if variant == "graph" else "off",
     )
     states = [engine.model.empty_state(LANES // groups) for _ in range(groups)]
@@ -119,6 +123,37 @@ def run_sample(device: torch.device, precision: str, tokens: int) -> dict:
     return {"drawn": len(drawn)} | fake_cuda.counts()
 
 
+def run_kept(device: torch.device, precision: str, recompute: int, lanes: int) -> dict:
+    """Bytes that a window's forward keeps for its backward pass, and what the formula says."""
+    torch.manual_seed(5)
+    shape = {"n_positions": 8, "num_slots": 8, "n_layer": 3, "n_head": 4, "n_embd": 64, "vocab_size": 16}
+    model = GPTBLMHeadModel(GPTBConfig(dropout=0.0, **shape)).train().to(device, PRECISIONS[precision])
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros((STEPS, lanes), dtype=torch.int64, device=device)
+    reset, state = torch.zeros_like(ids, dtype=torch.bool), model.empty_state(lanes)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = WindowObjective(model, recompute)(ids, ids, reset, state)
+    value_bytes = PRECISIONS[precision].itemsize
+    formula = window_memory(model.config, value_bytes).kept(lanes, STEPS, recompute)
+    # This device has no fused kernel for attention. PyTorch's plain one keeps queries, keys, values and shares of its
+    # own, in float32, instead of the projections' result and a number a head.
+    slots, width, heads, blocks = (shape[key] for key in ("num_slots", "n_embd", "n_head", "n_layer"))
+    plain = 4 * (3 * width + heads * slots) - (3 * width * value_bytes + 4 * heads)
+    return {
+        "kept": sum(kept.values()),
+        "formula": formula + lanes * STEPS * blocks * slots * plain,
+        "loss": float(loss),
+    }
+
+
 def main(cases: list[str]) -> None:
     torch.set_num_threads(1)
     world = join(60)
@@ -128,6 +163,8 @@ def main(cases: list[str]) -> None:
         try:
             if stage == "window":
                 found = run_window(world.device, precision, int(recompute), family)
+            elif stage == "kept":
+                found = run_kept(world.device, precision, int(recompute), int(groups))
             elif stage == "sample":
                 found = run_sample(world.device, precision, int(groups))
             else:
