@@ -45,7 +45,7 @@ def built(name: str, build: Callable[[], T], say: Callable[[str], None]) -> T:
     try:
         folder = build_folder(name)
         with _turn(folder):
-            _wait_for_lock(folder, say)
+            wait_for_lock(folder, say)
             if not any(folder.glob("*.so")):
                 say(f"building DeepSpeed's {name} in {folder}, once: one to two minutes")
             return build()
@@ -69,16 +69,7 @@ def abandoned(lock: Path) -> bool:
     return _is_local(lock.parent) or _quiet_seconds(lock.parent) > _LONGEST_SILENCE
 
 
-@contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    """Inside, no other process of ours is in here. The kernel ends the turn of one that is killed."""
-    with (folder / "gptb-ds.turn").open("w") as file:
-        with suppress(OSError):  # a file system without such locks: torch's own has to do
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _wait_for_lock(folder: Path, say: Callable[[str], None]) -> None:
+def wait_for_lock(folder: Path, say: Callable[[str], None]) -> None:
     """Returns when no build is under way: what a killed one has left is removed."""
     lock, said = folder / "lock", False
     while lock.exists():
@@ -90,6 +81,15 @@ def _wait_for_lock(folder: Path, say: Callable[[str], None]) -> None:
             say(f"waiting for another program's build in {folder} (if there is none: remove {lock})")
         else:
             time.sleep(_LOOK_SECONDS)
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Inside, no other process of ours is in here. The kernel ends the turn of one that is killed."""
+    with (folder / "gptb-ds.turn").open("w") as file:
+        with suppress(OSError):  # a file system without such locks: torch's own has to do
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _is_open(file: Path) -> bool:

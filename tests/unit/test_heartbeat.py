@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from gptb_ds.distributed.heartbeat import Links, Loss
+from gptb_ds.distributed.links import Links, Loss
 from tests.harness.processes import wait_until
 
 LIMIT, SECRET, RANKS = 30.0, "secret", 300
