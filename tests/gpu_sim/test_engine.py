@@ -21,6 +21,8 @@ ALL = [
     for groups in (1, 2)
     if (stage, precision) != (0, "fp16")
 ]
+# Some of them, for what need not be asked of each.
+OTHERS = ["0:fp32:0:2", "0:bf16:2:2", "1:fp32:2:2", "2:bf16:2:2", "3:bf16:2:2", "3:fp32:0:2"]
 OFFLOADED = ["1:fp32:0:2:offload", "1:bf16:0:1:offload", "2:fp32:2:2:offload", "2:bf16:0:2:offload"]
 OFFLOADED += ["3:fp32:0:1:offload", "3:bf16:2:2:offload", "3:fp32:2:2:offload-all", "3:bf16:2:2:offload-all"]
 WINDOWS = [f"window:{precision}:{recompute}:1" for precision in ("fp32", "bf16") for recompute in (0, 2)]
