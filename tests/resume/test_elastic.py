@@ -144,7 +144,10 @@ def test_a_checkpoint_of_any_stage_and_ranks_is_exported_on_one_cpu(stage, ranks
 
 @pytest.mark.slow
 def test_an_export_takes_the_memory_of_the_model(store, tmp_path: Path):
-    """From a run on two ranks at stage 3: the most that the process held, beyond what a tiny model needs."""
+    """From a run on two ranks at stage 3: the most that the process held, beyond what a tiny model needs.
+
+    The pages of the file that is being read count, though the kernel could take them back.
+    """
     shapes = {"tiny": {}, "large": {"model__n_embd": 512, "model__n_layer": 4}}
     most = {}
     for name, shape in shapes.items():
@@ -155,7 +158,8 @@ def test_an_export_takes_the_memory_of_the_model(store, tmp_path: Path):
     reader = CheckpointReader(checkpoint_folder(tmp_path / "large", 1))
     size = 4 * sum(math.prod(shape) for shape in reader.shapes().values())
     print(f"{(most['large'] - most['tiny']) / size:.2f} x the model's {size / 2**20:.0f} MiB")
-    assert most["large"] - most["tiny"] < 1.6 * size
+    shard = max(path.stat().st_size for path in (tmp_path / "large").rglob("model-*.safetensors"))
+    assert shard < 0.7 * size and most["large"] - most["tiny"] < 1.5 * size + shard
 
 
 @pytest.mark.slow
