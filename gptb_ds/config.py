@@ -249,7 +249,7 @@ class TrainConfig(Group):
         False, description="estimate the gradient noise scale: the batch that is worth its size"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "fp32",
+        "auto",
         description="of weights and activations in a step (auto: bf16 on GPUs, on CPUs the faster of fp32 and bf16;"
         " decided once and kept when the run resumes)",
     )

@@ -27,7 +27,7 @@ def with_compilation(config: Config, device: torch.device) -> Config:
     """`config` with "on" or "off" in the place of `train.compile auto`.
 
     A run that has one keeps it: the other would round differently. "auto" is on for runs on CPUs that are estimated to
-    take `WORTH_SECONDS` or longer; on GPUs nothing is measured yet.
+    take `WORTH_SECONDS` or longer; on a GPU compiled windows are slower.
     """
     if config.train.compile != "auto":
         return config

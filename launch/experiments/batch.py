@@ -65,7 +65,7 @@ def settings(contender: str, size: int) -> Line:
     return over
 
 
-def keys(name: Line, store: str, device: str) -> Line:
+def keys(name: Line, store: str) -> Line:
     """The dotted keys of one run."""
     tokens = name["tokens"]
     return {
@@ -73,13 +73,13 @@ def keys(name: Line, store: str, device: str) -> Line:
         "data.path": store,
         "data.lanes": name["size"] // WINDOW,
         "data.window": WINDOW,
+        "train.precision": "fp32",
         "data.seed": name["seed"],
         "data.max_document_tokens": 128,  # so that 4,096 lanes read whole pieces within the budget
         "optim.lr": name["lr"],
         "optim.warmup_tokens": tokens // 20,
         "train.tokens": tokens,
         "train.seed": name["seed"],
-        "train.graph": "auto" if device == "cuda" else "off",
         "run.eval_every": 0,
         "run.eval_tokens": 65_536,
     } | settings(name["contender"], name["size"])
@@ -107,7 +107,7 @@ class Cells:
     def wanted(self) -> list[Cell]:
         """The runs to make, the first ones first: those that answer the question at its two ends before the others."""
         return [
-            Cell(name, keys(name, self._args.store, self._args.device), score)
+            Cell(name, keys(name, self._args.store), score)
             for name in self._names()
             if name["contender"] in self._args.contenders
         ]

@@ -22,7 +22,7 @@ from side_by_side import Cell, Line, Results, parameters_of, run_cells
 SEEDS, RATES = (0, 1, 2), (3e-3, 1e-3, 1e-2)
 PIECE = 2048  # tokens of a document, in training and when it is scored
 SHAPE: Line = {"model.n_layer": 4, "model.n_embd": 128, "model.n_head": 4, "model.num_slots": 8}
-COLUMNS: Line = {"data.lanes": 256, "data.window": 32}
+COLUMNS: Line = {"data.lanes": 256, "data.window": 32, "train.precision": "fp32"}
 SMALL: Line = {"model.n_layer": 2, "model.n_embd": 64, "model.n_head": 2, "data.lanes": 64, "data.window": 16}
 MODELS: dict[str, Line] = {
     "GPTB, 4 recent tokens": {"model.recent_tokens": 4},

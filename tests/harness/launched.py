@@ -34,7 +34,7 @@ class TinyRun:
             "model": {"num_slots": 4, "n_layer": 1, "n_head": 2, "n_embd": 16},
             "data": {"path": str(store), "lanes": 8, "window": 4},
             "optim": {"warmup_updates": 0},
-            "train": {"updates": updates},
+            "train": {"updates": updates, "precision": "fp32"},
             "run": {"log_every": 100, "save_every": 0, "eval_every": 0, "eval_tokens": 64} | run,
         }
         self.config.write_text(yaml.safe_dump(values))

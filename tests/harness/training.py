@@ -30,6 +30,7 @@ TINY = {
     "optim.lr": 0.01,
     "optim.warmup_updates": 3,
     "train.updates": 12,
+    "train.precision": "fp32",
     "run.save_every": 4,
     "run.keep": 100,
     "run.eval_every": 5,

@@ -22,6 +22,7 @@ def config(tmp_path):
             "run.dir": str(tmp_path / "run"),
         }
         shape = {"model.n_embd": 16, "model.n_layer": 1, "model.n_head": 2, "model.num_slots": 4, "data.window": 8}
+        values |= {"train.precision": "fp32"}
         return load_config(None, values | shape | {key.replace("__", "."): value for key, value in over.items()})
 
     return make
