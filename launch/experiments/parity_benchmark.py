@@ -21,7 +21,13 @@ SEEDS = (0, 1, 2)
 SETTING: Line = {
     **{"model.n_embd": 32, "model.n_layer": 2, "model.n_head": 4, "model.num_slots": 3},
     **{"data.lanes": 64, "data.window": 17, "task.curriculum": "off"},
-    **{"optim.lr": 3e-3, "optim.weight_decay": 0.01, "optim.warmup_updates": 50, "train.updates": 1000},
+    **{
+        "optim.lr": 3e-3,
+        "optim.weight_decay": 0.01,
+        "optim.warmup_updates": 50,
+        "train.updates": 1000,
+        "train.precision": "fp32",
+    },
     **{"run.eval_every": 0, "run.eval_tokens": 20_000},
 }
 MODELS: dict[str, Line] = {
