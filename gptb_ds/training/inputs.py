@@ -165,9 +165,11 @@ def _state_health(config: Config, world: World, held_out: HeldOut | None) -> Sta
     if held_out is None or not config.run.state_health or not has_state:
         return None
     lanes = config.data.lanes // config.train.most_groups
-    # As many columns as an update keeps activations of at once.
-    columns = min(config.data.window, config.train.recompute_every or config.data.window)
-    return StateHealth(held_out.corpus, world, most_tokens=lanes * columns, max_tokens=config.run.eval_tokens)
+    # An eighth of what an update keeps activations of at once, or all of a small one: lanes may be chosen to fill
+    # the memory, and captured windows hold on to theirs.
+    tokens = lanes * min(config.data.window, config.train.recompute_every or config.data.window)
+    most = min(tokens, max(1024, tokens // 8))
+    return StateHealth(held_out.corpus, world, most_tokens=most, max_tokens=config.run.eval_tokens)
 
 
 def _identity(config: Config, windows: LaneCollator, model: WindowModel) -> dict[str, object]:
