@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import isqrt
 
 import torch
 
 from gptb_ds.config import divisors
-from gptb_ds.training.memory import GpuMemory
+from gptb_ds.training.sizes import WindowMemory
 from gptb_ds.training.train_state import RunFacts
 
 # Of the free memory: allocators lose some of it between blocks.
@@ -21,6 +22,22 @@ _OF_DEVICE = ("cuda error", "cuda driver error", "cudnn error", "cublas_status",
 
 class DeviceFailureError(RuntimeError):
     """A GPU has failed this rank; the message is one line. The other ranks lose contact."""
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Bytes of a rank's GPU: all of it, what is left for windows beside weights and optimizer, what they need."""
+
+    total: float
+    free: float
+    window: WindowMemory
+
+
+def gpu_memory(window: WindowMemory, device: torch.device, later: int) -> GpuMemory:
+    """As it is before a window; `later`: bytes of gradients and moments, which are not there yet."""
+    free, total = torch.cuda.mem_get_info(device)
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return GpuMemory(total, max(0.0, free + idle - later), window)
 
 
 @contextmanager

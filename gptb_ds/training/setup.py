@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -33,11 +33,10 @@ from gptb_ds.model_choice import with_backbone
 from gptb_ds.training.checkpointer import Checkpointer
 from gptb_ds.training.compilation import compile_step, obstacle, with_compilation
 from gptb_ds.training.deepspeed_policy import zero_stage
-from gptb_ds.training.device_failures import DeviceFailureError, named_failures
+from gptb_ds.training.device_failures import DeviceFailureError, GpuMemory, gpu_memory, named_failures
 from gptb_ds.training.engine import Engine
 from gptb_ds.training.inputs import Inputs, read_inputs
 from gptb_ds.training.kept_choice import with_kept_order
-from gptb_ds.training.memory import GpuMemory, gpu_memory
 from gptb_ds.training.metrics import read_metrics
 from gptb_ds.training.output import forgiving_output
 from gptb_ds.training.precision import allow_tf32, with_precision
@@ -234,8 +233,9 @@ def _build(inputs: Inputs, world: World, reporter: Reporter, stop: StopRequests,
             compile_step(cast(RecurrentLM, inputs.model), reporter.say)
         else:
             reporter.say(f"train.compile on: the step is not compiled: {hindered}")
-    if world.rank == 0 and isinstance(inputs.model, RecurrentLM):
-        memory = measure_memory(inputs.model, world.device, facts.train.precision)
+    if isinstance(inputs.model, RecurrentLM):
+        memory = world.on_rank0(measure_memory, inputs.model, world.device, facts.train.precision)
+        usage = replace(usage, window=memory)
         free = free_memory(world.device, _ranks_here(world))
         at_once = lanes // facts.train.lane_groups
         reporter.say(memory_line(memory, at_once, facts.window, facts.train.recompute_every, free))
@@ -297,7 +297,7 @@ def _headline(config: Config, world: World, trainer: Trainer, in_tf32: bool) -> 
 
 def _run(trainer: Trainer, folder: RunFolder, world: World) -> int:
     try:
-        with named_failures(trainer.facts, world.size, _memory_left(trainer.engine)):
+        with named_failures(trainer.facts, world.size, _memory_left(trainer)):
             reason = trainer.loop()
     finally:
         trainer.data.windows.close()
@@ -317,12 +317,15 @@ def _run(trainer: Trainer, folder: RunFolder, world: World) -> int:
     return DONE if reason is None else STOPPED
 
 
-def _memory_left(engine: Engine) -> GpuMemory | None:
-    """Before the first window. Gradients are still to come; at stage 0 moments, too."""
+def _memory_left(trainer: Trainer) -> GpuMemory | None:
+    """Before the first window, on a GPU. Gradients are still to come; at stage 0 moments, too."""
+    engine, window = trainer.engine, trainer.usage.window if trainer.usage else None
+    if engine.world.device.type != "cuda" or window is None:
+        return None
     parameters = sum(torch.Size(shape).numel() for shape in engine.fp32_state.shapes().values())
     gradients = parameters // engine.world.size if engine.stage >= 2 else parameters
     moments = 2 * parameters if engine.stage == 0 else 0
-    return gpu_memory(engine.model.config, engine.world.device, engine.dtype.itemsize, gradients, moments)
+    return gpu_memory(window, engine.world.device, gradients * engine.dtype.itemsize + moments * 4)
 
 
 def _speak(error: BaseException, world: World) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from gptb_ds.distributed.world import World
 from gptb_ds.training.flops import flops_per_token, peak_flops
 from gptb_ds.training.metrics import Metrics
+from gptb_ds.training.sizes import WindowMemory
 
 # More rows make no product faster on a CPU, where the rate is measured while the run starts.
 _MEASURED_ROWS = 1024
@@ -21,13 +22,15 @@ _MEASURED_ROWS = 1024
 class Usage:
     """How much arithmetic a token takes and how much all ranks' devices can do (FLOP/s); `said`: where that is from.
 
-    `token_flops` 0: nobody has counted them for this kind of model, and MFU is left out.
+    `token_flops` 0: nobody has counted them for this kind of model, and MFU is left out. `window`: what one keeps for
+    its backward pass.
     """
 
     device: torch.device
     token_flops: float
     peak: float
     said: str
+    window: WindowMemory | None = None
 
     def metrics(self, tokens_per_second: float) -> Metrics:
         """`mfu`, model FLOPs utilisation as a share, and `memory_gib`: the most that this rank has taken so far.

@@ -33,9 +33,9 @@ from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.objective import WindowObjective
 from gptb_ds.training.deepspeed_policy import with_defaults
 from gptb_ds.training.engine import Engine
-from gptb_ds.training.memory import window_memory
 from gptb_ds.training.samples import sample_document
 from tests.harness.backbones import small_decoder
+from tests.harness.window_memory import kept_bytes
 
 LANES, STEPS, VOCAB = 8, 6, 31
 
@@ -142,7 +142,7 @@ def run_kept(device: torch.device, precision: str, recompute: int, lanes: int) -
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss, _ = WindowObjective(model, recompute)(ids, ids, reset, state)
     value_bytes = PRECISIONS[precision].itemsize
-    formula = window_memory(model.config, value_bytes).kept(lanes, STEPS, recompute)
+    formula = kept_bytes(model.config, value_bytes).kept(lanes, STEPS, recompute)
     # This device has no fused kernel for attention. PyTorch's plain one keeps queries, keys, values and shares of its
     # own, in float32, instead of the projections' result and a number a head.
     slots, width, heads, blocks = (shape[key] for key in ("num_slots", "n_embd", "n_head", "n_layer"))
@@ -150,7 +150,7 @@ def run_kept(device: torch.device, precision: str, recompute: int, lanes: int) -
     return {
         "kept": sum(kept.values()),
         "formula": formula + lanes * STEPS * blocks * slots * plain,
-        "loss": float(loss),
+        "loss": float(loss.detach()),
     }
 
 

@@ -9,9 +9,10 @@ import torch
 
 from gptb_ds.config import OptimConfig, RunConfig, TrainConfig
 from gptb_ds.model.configuration import GPTBConfig
-from gptb_ds.training.device_failures import DeviceFailureError, named_failures, out_of_memory
-from gptb_ds.training.memory import GpuMemory, gpu_memory, window_memory
+from gptb_ds.training.device_failures import DeviceFailureError, GpuMemory, named_failures, out_of_memory
+from gptb_ds.training.sizes import WindowMemory
 from gptb_ds.training.train_state import RunFacts
+from tests.harness.window_memory import kept_bytes
 
 GIB = 2**30
 GPT2_SMALL = GPTBConfig(num_slots=20, n_positions=20, dropout=0.0)
@@ -22,7 +23,8 @@ def facts_of(lanes: int = 1024, window: int = 16, **train: object) -> RunFacts:
 
 
 def test_what_is_named_fits_and_nothing_else_is_named():
-    window = window_memory(GPT2_SMALL, 2)
+    formula = kept_bytes(GPT2_SMALL, 2)
+    window = WindowMemory(formula.lane_step, int(formula.lane_state))
     for free, ranks in ((60, 1), (30, 1), (10, 2), (4, 4), (1, 8)):
         line = out_of_memory(
             torch.OutOfMemoryError("CUDA out of memory."), facts_of(), ranks, GpuMemory(80 * GIB, free * GIB, window)
@@ -39,10 +41,9 @@ def test_what_is_named_fits_and_nothing_else_is_named():
 
 def test_the_formula_is_near_what_a_gpu_took():
     """124M, S=20, bf16, 1,024 lanes, K=16 on an H200 (docs/gpu.md), with weights and their gradients: 0.5 GiB."""
-    window = window_memory(GPT2_SMALL, 2)
+    window = kept_bytes(GPT2_SMALL, 2)
     assert window.kept(1024, 16) / GIB + 0.5 == pytest.approx(92.7, rel=0.02)
     assert window.kept(1024, 16, 4) / GIB + 0.5 == pytest.approx(24.9, rel=0.05)
-    assert gpu_memory(GPT2_SMALL, torch.device("cpu"), 2, 0) is None
 
 
 @pytest.mark.parametrize(
