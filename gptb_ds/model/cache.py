@@ -242,6 +242,8 @@ class GPTBCache(Cache):
             os.replace(unfinished, path)
         except SafetensorError as error:  # its way to say that the disk is full or a folder is missing
             raise OSError(errno.EIO, f"the state can't be written: {error}", str(path)) from None
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         finally:
             unfinished.unlink(missing_ok=True)
 

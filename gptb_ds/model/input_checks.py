@@ -35,11 +35,13 @@ def check_tensors(**arguments: object) -> None:
 
 
 def check_generate(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
-    """Raises ValueError for a mask that does not fit the tokens (B, T) that `generate` gets.
+    """Raises ValueError for no tokens (B, T), and for a mask that does not fit those that `generate` gets.
 
     transformers drops a mask of nothing but ones before the model sees it, whatever its shape.
     """
     check_tensors(input_ids=input_ids, attention_mask=attention_mask)
+    if input_ids is not None and 0 in input_ids.shape:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected (lanes, steps), at least one of each")
     if input_ids is None or attention_mask is None or input_ids.dim() != 2:
         return
     _check_mask_shape(attention_mask, *input_ids.shape)
@@ -171,8 +173,15 @@ def read_mask(
     return attention_mask[:, -steps:].to(given_TB.device).bool().t()
 
 
-def state_of(cache: GPTBCache, state: torch.Tensor | None, config: PreTrainedConfig, lanes: int) -> torch.Tensor | None:
-    """The state (B, S-1, E) in a cache; None = the learned initial state. Raises ValueError for what is no state."""
+def state_of(
+    cache: GPTBCache | None, state: torch.Tensor | None, lanes: int, config: PreTrainedConfig
+) -> torch.Tensor | None:
+    """The state (B, S-1, E) in a cache, or the given one; None = the learned initial state.
+
+    Raises ValueError for what is no state, or one of another shape.
+    """
+    if cache is None:
+        return state
     if not isinstance(cache, GPTBCache):
         raise ValueError(
             f"past_key_values is a {type(cache).__name__}; this model keeps its state in a GPTBCache (the"

@@ -216,7 +216,7 @@ class RecurrentLM(WindowModel):
         """
         cache = kwargs.get("past_key_values")
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        check_generate(ids, kwargs.get("attention_mask"))
+        check_generate(None if "inputs_embeds" in kwargs else ids, kwargs.get("attention_mask"))
         if isinstance(cache, GPTBCache) and cache.layer.seen and ids is not None and ids.dim() == 2:
             kwargs["attention_mask"] = _mask_after(cache, ids, kwargs.get("attention_mask"))
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]

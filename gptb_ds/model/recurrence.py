@@ -171,33 +171,23 @@ class SlotRecurrence(nn.Module):
             unrolled = self._unroll(input_ids, None, past_hidden_states, reset, None, recompute_every, sums=sums)
             return unrolled.hidden_KBE, unrolled.states[-1]
         check_options(ignored, use_cache, self.config)
-        check_tensors(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, past_hidden_states=past_hidden_states, reset=reset
-        )
-        ids_TB, embeds_TBE, reset_TB = (_turned(tensor) for tensor in (input_ids, inputs_embeds, reset))
+        given_by_name = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "reset": reset}
+        check_tensors(**given_by_name, past_hidden_states=past_hidden_states)
+        ids_TB, embeds_TBE, reset_TB = map(_turned, given_by_name.values())
         check_inputs(ids_TB, embeds_TBE, past_hidden_states, reset_TB, recompute_every, self.config)
         given = ids_TB if ids_TB is not None else embeds_TBE
         assert given is not None
         mask_TB = read_mask(attention_mask, given, past_key_values)
-        state = past_hidden_states
-        if past_key_values is not None:
-            state = state_of(past_key_values, state, self.config, given.shape[1])
+        state = state_of(past_key_values, past_hidden_states, given.shape[1], self.config)
         check_device(state, self.initial_embeds)
-        if use_cache is None:
-            use_cache = past_key_values is not None or (bool(self.config.use_cache) and not self.training)
-        cache = (past_key_values or GPTBCache()) if use_cache else None
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+        cache = self._cache_to_fill(past_key_values, use_cache)
+        layers = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        columns = ids_TB, embeds_TBE, state, reset_TB, mask_TB, recompute_every
         unrolled = self._unroll(
-            ids_TB,
-            embeds_TBE,
-            state,
-            reset_TB,
-            mask_TB,
-            recompute_every,
+            *columns,
             keep_last=keep_last,
             keep_states=1 if cache is None or torch.is_grad_enabled() else cache.wanted,
-            with_layers=output_hidden_states is not None and output_hidden_states is not False,
+            with_layers=layers is not None and layers is not False,
         )
         if cache is not None:
             cache.append(unrolled.states, ids_TB, mask_TB, len(given))
@@ -205,9 +195,14 @@ class SlotRecurrence(nn.Module):
             last_hidden_state=unrolled.hidden_KBE.transpose(0, 1),
             past_key_values=cache,
             past_hidden_states=unrolled.states[-1],
-            hidden_states=_lanes_first(unrolled.layers, output_hidden_states),
+            hidden_states=_lanes_first(unrolled.layers, layers),
         )
         return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+    def _cache_to_fill(self, given: GPTBCache | None, use_cache: bool | None) -> GPTBCache | None:
+        if use_cache is None:
+            use_cache = given is not None or (bool(self.config.use_cache) and not self.training)
+        return (given or GPTBCache()) if use_cache else None
 
     def _unroll(
         self,

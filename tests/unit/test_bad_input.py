@@ -149,7 +149,7 @@ def test_a_cache_goes_back_no_further_than_it_came() -> None:
     with pytest.raises(ValueError, match="has read 4 tokens: it can't go back by 5"):
         cache.crop(-5)
     assert cache.get_seq_length() == T  # as it was
-    with pytest.raises(OSError, match="the state can't be written"):
+    with pytest.raises(OSError, match=r"No such file .*/nowhere/state\.safetensors'"):
         cache.save("/nowhere/state.safetensors", MODELS["gpt2"])
 
 
