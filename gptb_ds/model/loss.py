@@ -10,14 +10,17 @@ import torch.nn.functional as F
 
 
 def causal_loss(
-    logits_BTV: torch.Tensor, labels_BT: torch.Tensor, shift: bool, num_items: torch.Tensor | int | None
-) -> torch.Tensor:
+    logits_BTV: torch.Tensor, labels_BT: torch.Tensor | None, shift: bool, num_items: torch.Tensor | int | None
+) -> torch.Tensor | None:
     """The mean cross-entropy in nats over labels other than -100 (0 when there is none), or their sum over `num_items`.
 
-    `shift`: the labels are the tokens that were read, so that the logits at t are scored on the label at t + 1.
+    None without labels. `shift`: the labels are the tokens that were read, so that the logits at t are scored on the
+    label at t + 1.
 
     Raises ValueError on the CPU for a label outside the vocabulary.
     """
+    if labels_BT is None:
+        return None
     if shift:
         logits_BTV, labels_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
     logits_RV = logits_BTV.flatten(0, 1)

@@ -21,7 +21,7 @@ from .gradient_sums import Fp32GradientSums
 from .input_checks import check_generate, check_labels, check_logits_to_keep
 from .loss import causal_loss
 from .outputs import GatheredOutput, GPTBOutput
-from .recurrence import Shared, SlotRecurrence
+from .recurrence import Shared, SlotRecurrence, wants_dict
 from .window_model import WindowModel
 
 
@@ -190,19 +190,15 @@ class RecurrentLM(WindowModel):
         if isinstance(logits_to_keep, torch.Tensor) and targets is None:
             hidden_BTE = hidden_BTE[:, logits_to_keep]
         logits_BTV = self.logits_of(hidden_BTE)
-        loss = None
-        if targets is not None:
-            loss = causal_loss(logits_BTV, targets, shift_labels is None, num_items_in_batch)
         is_replica = getattr(self, "_is_replica", False)  # set by torch.nn.parallel.replicate
         output = (GatheredOutput if is_replica else GPTBOutput)(
-            loss=loss,
+            loss=causal_loss(logits_BTV, targets, shift_labels is None, num_items_in_batch),
             logits=logits_BTV,
             past_key_values=None if is_replica else hidden.past_key_values,  # the lanes of one replica
             past_hidden_states=hidden.past_hidden_states,
             hidden_states=hidden.hidden_states,
         )
-        wants_dict = bool(self.config.return_dict) if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        return output if wants_dict(return_dict, self.config) else output.to_tuple()
 
     # transformers' generate
 

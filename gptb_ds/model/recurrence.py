@@ -197,7 +197,7 @@ class SlotRecurrence(nn.Module):
             past_hidden_states=unrolled.states[-1],
             hidden_states=_lanes_first(unrolled.layers, layers),
         )
-        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+        return output if wants_dict(return_dict, self.config) else output.to_tuple()
 
     def _cache_to_fill(self, given: GPTBCache | None, use_cache: bool | None) -> GPTBCache | None:
         if use_cache is None:
@@ -427,5 +427,6 @@ def _columns(flags_KB: torch.Tensor | None, steps: int) -> Sequence[torch.Tensor
     return [None] * steps if flags_KB is None else flags_KB[:, :, None, None].unbind(0)
 
 
-def _wants_dict(return_dict: bool | None, config: PreTrainedConfig) -> bool:
+def wants_dict(return_dict: bool | None, config: PreTrainedConfig) -> bool:
+    """Whether a call is answered with a dict: as it says, or as the configuration does."""
     return bool(config.return_dict) if return_dict is None else return_dict
