@@ -139,7 +139,7 @@ class Reporter:
     def _to_sink(self, name: str, method: Callable[..., None], *args: object) -> None:
         try:
             method(*args)
-        except Exception as error:  # a library's errors have no common kind
+        except (Exception, SystemExit) as error:  # a library's errors have no common kind, and some would exit
             if name not in self._failing:
                 self.say(f"WARNING: run.monitor {name}: {' '.join(str(error).split())}; training goes on")
             self._failing.add(name)

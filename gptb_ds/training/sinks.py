@@ -169,7 +169,7 @@ class TensorBoardSink:
     def follow(self, lines: Sequence[Metrics]) -> None:
         """Writes all lines to a new file, each with the time that it has in the old ones, and removes those."""
         self.close()
-        old = sorted(self.folder.parent.rglob("*tfevents*"))
+        old = sorted(path for path in self.folder.parent.rglob("*tfevents*") if path.is_file())
         times = {(tag, step): seconds for path in old for tag, step, seconds in _events_in(path)}
         self.folder.mkdir(parents=True, exist_ok=True)
         new = self.folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"

@@ -14,7 +14,7 @@ import pytest
 from gptb_ds.config import ConfigError, OptimConfig, RunConfig, TrainConfig
 from gptb_ds.training.metrics import Metrics, read_metrics
 from gptb_ds.training.reporter import Reporter
-from gptb_ds.training.sinks import check_sinks
+from gptb_ds.training.sinks import CsvSink, check_sinks
 from gptb_ds.training.train_state import RunFacts
 from tests.harness.sinks import READERS, Rows, csv_files, expected, tensorboard
 
@@ -150,7 +150,7 @@ def test_a_sink_that_cannot_begin_is_named_once_and_left_out(
 
 def test_wandb_without_a_key_is_refused_in_one_line():
     pytest.importorskip("wandb")
-    program = "from gptb_ds.training.sinks import check_sinks; check_sinks(['wandb'])"
+    program = "from gptb_ds.training.sinks import CsvSink, check_sinks; check_sinks(['wandb'])"
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": "/nonexistent"}
     for more, words in (({}, "no API key"), ({"WANDB_API_KEY": "short"}, "API key must have")):
         ended = subprocess.run(
@@ -187,3 +187,33 @@ def test_a_broken_line_of_metrics_is_named(broken: bytes, words: str, tmp_path: 
         reporter_of(tmp_path, []).follow(1)
     assert f"{tmp_path}/{words}" in str(caught.value) and "\n" not in str(caught.value)
     assert path.read_bytes().endswith(broken), "nothing was changed"
+
+
+def test_what_is_no_event_file_is_left_alone(tmp_path: Path):
+    """A pipe of that name would be waited for, for ever."""
+    folder = tmp_path / "tensorboard" / tmp_path.name
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "events.out.tfevents.1.pipe")
+    (folder / "events.out.tfevents.2.folder").mkdir()
+    reporter = reporter_of(tmp_path, ["tensorboard"])
+    reporter.follow(-1)
+    reporter.update(line(1))
+    reporter.close()
+    assert len([path for path in folder.iterdir() if path.is_file()]) == 1
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), ValueError("one\ntwo"), RecursionError(), MemoryError()])
+def test_nothing_that_a_sink_raises_ends_training(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fails(sink: CsvSink, line: Metrics) -> None:
+        raise error
+
+    monkeypatch.setattr(CsvSink, "write", fails)
+    reporter = reporter_of(tmp_path, ["csv"])
+    reporter.follow(-1)
+    for update in (1, 2):
+        reporter.update(line(update))
+    reporter.close()
+    assert capsys.readouterr().out.count("WARNING: run.monitor csv: ") == 1
+    assert [values["update"] for values in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
