@@ -95,12 +95,13 @@ def one_infinite_loss(rank: int) -> None:
 def _infinite_in(chosen: tuple[int, ...], rank: int) -> None:
     from gptb_ds.model.objective import WindowObjective
 
-    forward, calls = WindowObjective.forward, []
+    forward = WindowObjective.forward
 
     def infinite(self, *call):
         loss, state = forward(self, *call)
-        calls.append(1)
-        return loss + (math.inf if len(calls) in chosen and rank == 0 else 0.0), state
+        # Each objective counts for itself: those that measure a window's memory before training are others.
+        self.calls = getattr(self, "calls", 0) + 1
+        return loss + (math.inf if self.calls in chosen and rank == 0 else 0.0), state
 
     WindowObjective.forward = infinite
 

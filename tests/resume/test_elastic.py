@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -96,7 +97,8 @@ def _load_and_save(world: World, folder: Path, copy: Path, stage: int, precision
     lanes = reader.lanes(world.rank * share, (world.rank + 1) * share, (3, 16))
     saver = CheckpointWriter(copy, world, keep=1)
     owner = assign_parameters(engine.fp32_state.shapes(), saver.writers)
-    saver.begin(reader.manifest, engine.fp32_state.export(lambda name: owner[name] == world.rank), lanes, {})
+    manifest = dataclasses.replace(reader.manifest, world_size=world.size)
+    saver.begin(manifest, engine.fp32_state.export(lambda name: owner[name] == world.rank), lanes, {})
     saver.finish()
 
 

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    ByT5Tokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from gptb_ds.cli import main
 from gptb_ds.loading import load_any
@@ -58,11 +66,13 @@ def test_another_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
     GPT2LMHeadModel(GPT2Config(**SHAPE)).save_pretrained(tmp_path / "gpt2")
-    for kind in ("llama", "gpt2"):
+    t5 = T5Config(vocab_size=259, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
+    for kind in ("llama", "gpt2", "t5"):
         ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / kind)
         said = refusal(tmp_path / kind, capsys)
         assert f"holds a model of type '{kind}', this reads 'gptb'" in said
-        assert ("--model.init_from" in said) == (kind == "gpt2")
+        assert ("--model.init_from" in said) == (kind != "t5")
 
 
 @pytest.mark.parametrize(
