@@ -8,6 +8,7 @@ and with seed 0: twice and half the best rate so far are tried until neither is 
 the other seeds. docs/batch.md shows what came out (`--table` prints it, `--picture FILE` draws it).
 
     ... --model large --device cuda --workers 8      a model with ten times the weights of the demo's blocks
+    ... --one-rate                                   no search: the other seeds at the first rate, or the best known
     ... --seconds 200                                stop after so long
 """
 
@@ -116,11 +117,13 @@ class Cells:
         pairs = self.pairs()
         ends = [pair for pair in pairs if pair[1] in (SMALL, 32768) and pair[0] not in ("half-life", "stagger")]
         rest = [pair for pair in pairs if pair not in ends]
+        middle = [pair for pair in rest if pair[1] == 16384]
         yield from self._first_rates(ends)
+        yield from self._first_rates([pair for pair in rest if pair not in middle])
         for pair in ends:
             yield from self._near_the_best(*pair)
-        yield from self._first_rates(rest)
         yield from self._other_seeds(ends)
+        yield from self._first_rates(middle)
         for pair in rest:
             yield from self._near_the_best(*pair)
         yield from self._other_seeds(rest)
@@ -161,14 +164,14 @@ class Cells:
         return min(found, key=lambda rate: found[rate]) if found else None
 
     def settled_rate(self, contender: str, size: int) -> float | None:
-        """The best rate, once its neighbours were tried too."""
-        if list(self._near_the_best(contender, size)):
+        """The best rate, once its neighbours were tried too (`--one-rate`: the best of those that were)."""
+        if not self._args.one_rate and list(self._near_the_best(contender, size)):
             return None
         return self.best_rate(contender, size)
 
     def _near_the_best(self, contender: str, size: int) -> Iterator[Line]:
         best = self.best_rate(contender, size)
-        if best is None:
+        if best is None or self._args.one_rate:
             return
         at = RATES.index(best)
         for rate in RATES[max(0, at - 1) : at + 2]:
@@ -243,6 +246,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", choices=list(MODELS), default="small")
     parser.add_argument("--tokens", type=int, default=655_360, help="training tokens of each run")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--one-rate", action="store_true", help="search no rates: seeds of the first one, or of the best so far"
+    )
     parser.add_argument("--contenders", nargs="+", choices=list(LABELS), default=list(LABELS))
     parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES, default=list(SIZES))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

@@ -25,7 +25,7 @@ def batch() -> ModuleType:
 
 
 def cells_of(batch: ModuleType, folder: Path, **over: object) -> tuple[argparse.Namespace, object]:
-    values = {"store": "s", "model": "small", "tokens": 655_360, "seeds": 2, "device": "cpu"}
+    values = {"store": "s", "model": "small", "tokens": 655_360, "seeds": 2, "device": "cpu", "one_rate": False}
     values |= {"contenders": ["muon"], "sizes": [512]} | over
     results = batch.Results(folder / "results.jsonl")
     return results, batch.Cells(argparse.Namespace(**values), results)
@@ -65,6 +65,16 @@ def test_rates_are_tried_until_neither_neighbour_is_better(batch: ModuleType, tm
         results.add({"name": name, "updates": 1280, "device": "cpu", "cpu_seconds": 9.4, **line})
     assert made == [(8e-3, 0), (4e-3, 0), (16e-3, 0), (32e-3, 0), (16e-3, 1)]
     assert "| Muon | **2.50** ±0.100 (2 seeds); 1,280 updates; 9 s; 0.016 of 4 |" in cells.table()
+
+
+def test_without_a_search_the_other_seeds_take_the_best_rate_known(batch: ModuleType, tmp_path: Path):
+    results, cells = cells_of(batch, tmp_path, one_rate=True)
+    (first,) = cells.wanted()
+    assert (first.name["lr"], first.name["seed"]) == (8e-3, 0)
+    for rate, bits in ((8e-3, 2.5), (4e-3, 2.4)):
+        results.add({"name": first.name | {"lr": rate}, "eval_bits_per_byte": bits})
+    left = [cell.name for cell in cells.wanted() if results.line(**cell.name) is None]
+    assert [(name["lr"], name["seed"]) for name in left] == [(4e-3, 1)]
 
 
 def test_what_was_made_is_not_made_again(batch: ModuleType, tmp_path: Path):
