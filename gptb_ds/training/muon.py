@@ -75,12 +75,14 @@ def matrices_of(model: nn.Module) -> dict[str, Matrix]:
 
     Not the embeddings, the head, norms, biases and the initial state: their rows are read one at a time, or they are no
     linear maps; Muon's authors leave them to AdamW (Jordan et al. 2024, kellerjordan.github.io/posts/muon). Maps that
-    share their input, and so a weight, are told apart: q, k and v in GPT-2's `c_attn`, for one.
+    share their input, and so a weight, are told apart: q, k and v in GPT-2's `c_attn`, the gates of an LSTM.
     """
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
-    found = {}
+    found: dict[str, Matrix] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (Conv1D, nn.Linear)) and module is not head:
+        if isinstance(module, nn.RNNBase):
+            found |= {f"{name}.{own}": matrix for own, matrix in _recurrent(module).items()}
+        elif isinstance(module, (Conv1D, nn.Linear)) and module is not head:
             dim = 1 if isinstance(module, Conv1D) else 0
             kind = name.rpartition(".")[2]
             if kind in _FUSED_ATTENTION:
@@ -88,6 +90,13 @@ def matrices_of(model: nn.Module) -> dict[str, Matrix]:
             else:
                 found[f"{name}.weight"] = Matrix(2 if kind == "gate_up_proj" else 1, dim)
     return found
+
+
+def _recurrent(module: nn.RNNBase) -> dict[str, Matrix]:
+    """torch has the maps of a layer's gates one below the other, `weight_ih_l0` (gates * H, I); a projection is one."""
+    gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    weights = (name for name, parameter in module.named_parameters() if parameter.ndim == 2)
+    return {name: Matrix(1 if name.startswith("weight_hr") else gates, 0) for name in weights}
 
 
 # Names of layers that hold q, k and v: GPT-2's; Phi 3's; GPT-NeoX', Bloom's and Falcon's.

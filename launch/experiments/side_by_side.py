@@ -21,6 +21,7 @@ POLICY = Path(__file__).resolve().parents[2] / "ds_configs" / "zero0.json"
 # Below this many seconds no run is started any more, and this share of a run's time is kept for scoring it.
 LEAST_SECONDS, SCORING = 15.0, 0.3
 _MOST_SCORING = 40.0
+DIVERGED = "not finite"  # the error of a run whose loss was none any more: a result, which a second try would repeat
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Cell:
 
 
 class Results:
-    """The lines of the runs made so far; a run that was stopped by the time limit is no finished one."""
+    """The lines of the runs made so far. One that was stopped by the time limit, or that crashed, is not finished."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,7 +50,12 @@ class Results:
     def line(self, **name: Any) -> Line | None:
         """The last finished line of this name."""
         found = [line for line in self.lines if line["name"] == name and not line.get("stopped")]
+        found = [line for line in found if not _crashed(line)]
         return found[-1] if found else None
+
+    def has_ended(self, name: Line) -> bool:
+        """Whether a run of this name is over, however it ended."""
+        return any(line["name"] == name for line in self.lines)
 
     def add(self, line: Line) -> None:
         self.lines.append(line)
@@ -65,11 +71,13 @@ def run_cells(
     workers: int = 1,
     device: str = "cpu",
     seconds: float | None = None,
+    least_seconds: float = LEAST_SECONDS,
 ) -> None:
     """Makes the runs that `wanted` names, in its order, `workers` at a time; it is asked again after every run.
 
-    What has a line already is not run again. `device` "cpu" hides the GPUs. After `seconds` the runs that are under way
-    stop training and are scored as they are, and none is started.
+    What has a line already is not run again, but for a run that crashed or was stopped: the next call makes it anew.
+    `device` "cpu" hides the GPUs. After `seconds` the runs that are under way stop training and are scored as they are;
+    none is started when fewer than `least_seconds` are left.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     if device == "cpu":
@@ -81,7 +89,7 @@ def run_cells(
     revision, running, tried = _revision(), {}, []
     while True:
         cell = next((c for c in wanted(results) if c.name not in tried and results.line(**c.name) is None), None)
-        late = deadline is not None and deadline - time.monotonic() < LEAST_SECONDS
+        late = deadline is not None and deadline - time.monotonic() < least_seconds
         if cell is not None and not late and len(running) < workers:
             tried.append(cell.name)
             number = min({*range(workers)} - {*running})
@@ -92,6 +100,9 @@ def run_cells(
             running[number] = (process, cell, time.monotonic())
             continue
         if not running:
+            crashed = [line["name"] for line in results.lines if line["name"] in tried and _crashed(line)]
+            if crashed:
+                print(f"{len(crashed)} runs crashed, the next start makes them anew: {crashed}", file=sys.stderr)
             return
         done = multiprocessing.connection.wait([process.sentinel for process, *_ in running.values()])
         for number, (process, cell, started) in list(running.items()):
@@ -168,7 +179,11 @@ def _read_line(folder: Path) -> Line:
     with contextlib.suppress(OSError):
         return json.loads((folder / "line.json").read_text())
     output = (folder / "output.txt").read_text(errors="replace")
-    return {"error": "not finite" if "not finite" in output else output[-600:]}
+    return {"error": DIVERGED if DIVERGED in output[-600:] else output[-600:]}
+
+
+def _crashed(line: Line) -> bool:
+    return line.get("error", DIVERGED) != DIVERGED
 
 
 def _revision() -> str | None:

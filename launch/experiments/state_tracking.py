@@ -7,7 +7,7 @@ trains a small model for every cell (task, model, what differs from `--config st
 again, it goes on where it stopped. Cells come in the order of their worth; `--cells` names the groups of cells to run.
 
     ... --cells recipe baselines ablations   (the default) small models, one core each: --workers 8
-    ... --cells groups --device cuda         A5 and S5, which need a GPU
+    ... --cells groups                       A5 and S5: A5 takes minutes of a core, S5 a GPU (--device cuda)
     ... --seconds 200                        stop after so long; what is under way is scored as it is
 """
 
@@ -60,11 +60,15 @@ ABLATIONS: dict[str, Line] = {
     "growth at 0.8": {"task.grow_at": 0.8},
 }
 MAIN_ABLATIONS = 6  # the first ones, which get all their seeds first
+# Muon learns a group's table of products in a third of AdamW's updates; of wider updates there is no need.
 GROUPS: dict[str, Line] = {
-    "a5": {"model.num_slots": 2, "model.n_embd": 64, "data.lanes": 512, "train.updates": 4000},
+    "a5": {
+        **{"model.num_slots": 2, "model.n_embd": 64, "optim.name": "muon"},
+        **{"data.lanes": 128, "train.updates": 4000},
+    },
     "s5": {
-        **{"model.num_slots": 2, "model.n_embd": 128, "model.initializer_range": 0.125},
-        **{"data.lanes": 512, "train.updates": 6000},
+        **{"model.num_slots": 2, "model.n_embd": 128, "model.initializer_range": 0.125, "optim.name": "muon"},
+        **{"data.lanes": 512, "train.updates": 3000},
     },
 }
 
@@ -84,6 +88,8 @@ def wanted(groups: Sequence[str], stores: Path, results: Results, device: str) -
     if "groups" in groups:
         graph = {"train.graph": "on"} if device == "cuda" else {}
         found += [cell(stores, t, GPTB, "", s, GROUPS[t] | graph) for s in SEEDS for t in GROUPS]
+    if "group-baselines" in groups:
+        found += _group_baselines(stores)
     if "baselines" in groups:
         found += _baselines(stores, results)
     if "ablations" in groups:
@@ -103,6 +109,17 @@ def wanted(groups: Sequence[str], stores: Path, results: Results, device: str) -
             for model in (GPTB, *BASELINES)
         ]
     return found
+
+
+def _group_baselines(stores: Path) -> Iterator[Cell]:
+    """A5 and S5 with the models to compare with, for as many tokens, and with AdamW."""
+    for task, keys in GROUPS.items():
+        for rate in RATES[:2]:
+            for model, own in BASELINES.items():
+                window = own.get("data.window", 16)
+                lanes = {"data.lanes": keys["data.lanes"] * 16 // window}
+                yield cell(stores, task, model, f"lr {rate:g}", 0, keys | own | lanes | {"optim.lr": rate})
+        yield cell(stores, task, GPTB, "AdamW", 0, keys | {"optim.name": "adamw"})
 
 
 def _baselines(stores: Path, results: Results) -> Iterator[Cell]:
@@ -196,11 +213,12 @@ def main() -> None:
         "--cells",
         nargs="+",
         default=["recipe", "baselines", "ablations"],
-        choices=["recipe", "baselines", "ablations", "longer", "groups", "language"],
+        choices=["recipe", "baselines", "ablations", "longer", "groups", "group-baselines", "language"],
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side (default: 1)")
     parser.add_argument("--seconds", type=float, help="stop after so long")
+    parser.add_argument("--tasks", nargs="+", help="only these tasks' cells")
     parser.add_argument("--first", type=int, help="only the first so many cells")
     parser.add_argument("--updates", type=int, help="of every run, instead of what its cell says (to try it out)")
     args = parser.parse_args()
@@ -208,7 +226,8 @@ def main() -> None:
     results, stores = Results(args.out / "results.jsonl"), args.out / "stores"
 
     def cells(results: Results) -> list[Cell]:
-        found = wanted(args.cells, stores, results, args.device)[: args.first]
+        found = wanted(args.cells, stores, results, args.device)
+        found = [cell for cell in found if args.tasks is None or cell.name["task"] in args.tasks][: args.first]
         shorter = {} if args.updates is None else {"train.updates": args.updates}
         return [replace(cell, keys=cell.keys | shorter) for cell in found]
 

@@ -26,7 +26,7 @@ def test_every_cell_of_state_tracking_is_a_run_of_its_own(tmp_path: Path, device
     import state_tracking
 
     results = state_tracking.Results(tmp_path / "results.jsonl")
-    groups = ["recipe", "baselines", "ablations", "longer", "groups", "language"]
+    groups = ["recipe", "baselines", "ablations", "longer", "groups", "group-baselines", "language"]
     cells = state_tracking.wanted(groups, tmp_path / "stores", results, device)
     assert len(cells) > 100
     assert len({json.dumps(cell.name) for cell in cells}) == len(cells)
@@ -46,6 +46,39 @@ def test_every_model_of_text_is_a_run(tmp_path: Path):
         for cell in cells:
             config = load_config(cell.recipe, cell.keys)
             assert config.data.lanes * config.data.window == (1024 if small else 8192)
+
+
+def test_the_headline_of_text_is_the_best_of_the_trials_once_all_have_ended(tmp_path: Path):
+    import text
+
+    args = argparse.Namespace(
+        name="x", small=True, out=tmp_path, tokens=1_000_000, eval_tokens=1000, device="cpu", models=99, plain=True
+    )
+    results = text.Results(tmp_path / "results.jsonl")
+    trials = [cell.name for cell in text.wanted(results, args)]
+    assert all("trials" in name["text"] and name["tokens"] == 250_000 for name in trials)
+    twins = [name for name in trials if name["model"].startswith("its twin")]
+    assert len(twins) == 4  # with and without wide first weights, at two rates
+    for number, name in enumerate(twins[:-1]):
+        results.add({"name": name, "eval_bits_per_byte": 2.5 - number})
+    assert [cell.name for cell in text.wanted(results, args)] == trials
+    results.add({"name": twins[-1], "error": "a crash"})
+    best = {"text": "x", "model": twins[-2]["model"], "lr": twins[-2]["lr"]}
+    headline = [cell.name for cell in text.wanted(results, args)][len(trials) :]
+    assert headline == [best | {"seed": seed} for seed in (0, 1, 2)]
+
+
+def test_a_run_that_crashed_or_was_stopped_is_made_again_and_one_that_diverged_is_not(tmp_path: Path):
+    import side_by_side
+
+    results = side_by_side.Results(tmp_path / "results.jsonl")
+    for name, line in (("whole", {}), ("crashed", {"error": "out of memory"}), ("stopped", {"stopped": True})):
+        results.add({"name": {"cell": name}} | line)
+    results.add({"name": {"cell": "diverged"}, "error": side_by_side.DIVERGED})
+    again = side_by_side.Results(tmp_path / "results.jsonl")
+    finished = [n for n in ("whole", "crashed", "stopped", "diverged") if again.line(cell=n)]
+    assert finished == ["whole", "diverged"]
+    assert again.has_ended({"cell": "crashed"}) and not again.has_ended({"cell": "other"})
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from gptb_ds.baselines import LSTMBaseline, LSTMConfig
 from gptb_ds.model.configuration import GPTBConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.training.muon import Matrix, MuonWithAdamW, Piece, matrices_of, muon_direction, orthogonalised
@@ -23,6 +24,20 @@ def test_the_blocks_matrices_and_nothing_else():
     assert found["transformer.h.0.attn.c_attn.weight"] == Matrix(3, 1)
     assert found["transformer.h.0.mlp.c_fc.weight"] == Matrix(1, 1)
     assert found.keys() <= dict(model.named_parameters()).keys()
+
+
+def test_the_gates_of_an_lstm_are_matrices_of_their_own():
+    model = LSTMBaseline(LSTMConfig(vocab_size=9, n_layer=2, n_embd=6))
+    found = matrices_of(model)
+    assert found == {
+        f"lstm.weight_{kind}_l{layer}": Matrix(1 if kind == "hr" else 4, 0)
+        for layer in range(2)
+        for kind in ("ih", "hh", "hr")
+    }
+    weight = model.lstm.weight_ih_l0
+    step = muon_direction(weight.detach(), found["lstm.weight_ih_l0"])
+    gate = muon_direction(weight.detach()[8:16], Matrix(1, 0))
+    torch.testing.assert_close(step[8:16], gate)
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 64), (64, 16), (5, 7)])
