@@ -71,8 +71,8 @@ MODELS: dict[str, Line] = {
     for name, keys in list(variants.items())[place : place + 1]
 }
 TUNED = 8  # so many models have their trial at every rate, the others at the first
-# About what GPTB's blocks compute for S slots.
-MORE_TOKENS = 8
+# About what GPTB's blocks compute for S slots, in wider updates: they are still more than GPTB makes.
+MORE_TOKENS, MORE_LANES = 8, 4
 GRID: dict[str, Line] = {
     "window 4": {"data.window": 4, "data.lanes": 2048},
     "window 32": {"data.window": 32, "data.lanes": 256},
@@ -96,6 +96,8 @@ def keys_of(name: Line, args: argparse.Namespace) -> Line:
             keys["model.context"] = 128
         window = keys["model.context"] // 2
         keys |= {"data.lanes": keys["data.lanes"] * keys["data.window"] // window, "data.window": window}
+    if name.get("tokens", 0) > args.tokens and kind is not None:
+        keys["data.lanes"] *= MORE_LANES
     graphs = {"train.graph": "on"} if args.device == "cuda" and kind is None else {}
     # cuDNN takes no gradient of an LSTM in eval mode, which the state's health asks for.
     health = {"run.state_health": False} if kind == "lstm" else {}
@@ -134,9 +136,9 @@ class Plan:
             for found in best.values():
                 if found is not None:
                     yield {"text": self._args.name, **found, "seed": seed}
-            if seed == 0 and (gpt2 := best["GPT-2"]) and not getattr(self._args, "plain", False):
-                tokens = MORE_TOKENS * self._args.tokens
-                yield {"text": self._args.name, **gpt2, "seed": 0, "tokens": tokens}
+            if seed == 0 and not getattr(self._args, "plain", False):
+                for found in filter(None, (best["GPT-2"], best["LSTM"])):
+                    yield {"text": self._args.name, **found, "seed": 0, "tokens": MORE_TOKENS * self._args.tokens}
         if getattr(self._args, "plain", False):
             return
         yield from self._longer(best)

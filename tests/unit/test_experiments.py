@@ -68,6 +68,28 @@ def test_the_headline_of_text_is_the_best_of_the_trials_once_all_have_ended(tmp_
     assert headline == [best | {"seed": seed} for seed in (0, 1, 2)]
 
 
+def test_behind_the_headline_of_text_come_more_tokens_and_the_grid(tmp_path: Path):
+    import text
+
+    args = argparse.Namespace(
+        name="x", small=False, out=tmp_path, tokens=1_000_000, eval_tokens=1000, device="cuda", models=99
+    )
+    results = text.Results(tmp_path / "results.jsonl")
+    for cell in list(text.wanted(results, args)):
+        results.add({"name": cell.name, "eval_bits_per_byte": 2.5})
+    results.add({"name": {"text": "x", "model": "GPTB, 4 recent tokens", "lr": 8e-3, "seed": 0}, "train_seconds": 9})
+    cells = [cell for cell in text.wanted(results, args) if results.line(**cell.name) is None]
+    assert len({json.dumps(cell.name) for cell in cells}) == len(cells)
+    tokens = [cell.name["tokens"] for cell in cells if "tokens" in cell.name and "change" not in cell.name]
+    assert sorted(tokens) == [4_000_000, 8_000_000, 8_000_000]  # GPTB; GPT-2 and the LSTM
+    changes = [cell.name["change"] for cell in cells if "change" in cell.name]
+    assert changes == [change for change in text.GRID for _ in range(2)]  # GPTB and its twin
+    for cell in cells:
+        config = load_config(cell.recipe, cell.keys)
+        more = text.MORE_LANES if cell.name.get("tokens", 0) == 8_000_000 else 1
+        assert config.data.lanes * config.data.window == more * 8192
+
+
 def test_a_run_that_crashed_or_was_stopped_is_made_again_and_one_that_diverged_is_not(tmp_path: Path):
     import side_by_side
 
