@@ -184,10 +184,12 @@ class DataConfig(Group):
             first, last, begin, end = (int(n) if n else None for n in match.groups()) if match else (None,) * 4
             lanes = range(first or 0, (first or 0 if last is None else last) + 1)
             columns = range(begin or 0, (begin or 0 if end is None else end) + 1)
-            if first is None or not lanes or not columns or lanes.stop > self.lanes:
+            beyond = self.lanes != AUTO_LANES and lanes.stop > self.lanes
+            if first is None or not lanes or not columns or beyond:
+                most = "" if self.lanes == AUTO_LANES else f" lanes of 0 to {self.lanes - 1} and"
                 raise ValueError(
-                    f"data.skip {text!r}: must be LANES:FROM-TO, such as 0-15:20000-20479, with lanes of 0 to"
-                    f" {self.lanes - 1} and columns that ascend"
+                    f"data.skip {text!r}: must be LANES:FROM-TO, such as 0-15:20000-20479, with{most} columns that"
+                    " ascend"
                 )
             found.append((lanes, columns))
         return tuple(found)

@@ -6,12 +6,18 @@ from pathlib import Path
 
 from gptb_ds.checkpoint.format import CheckpointError, Manifest
 
+# Where parts of the identity come from that are no keys of the configuration; those not named here are a decoder's.
+_SOURCES = {
+    "data": "the stores in data.path",
+    **dict.fromkeys(("tokenizer", "vocab_size", "eot_id"), "the first store in data.path"),
+}
+
 
 def check_identity(manifest: Manifest, identity: dict[str, object], folder: Path) -> None:
     """Raises CheckpointError with one line for each thing that must be the same and is not, both values named."""
     saved = _as_now(manifest.identity, identity)
     lines = [
-        f"{folder}: {key} was {saved.get(key)!r} when this was saved and is {value!r} now"
+        f"{folder}: {key} was {saved.get(key)!r} when this was saved and is {value!r} now{_source(key)}"
         for key, value in identity.items()
         if saved.get(key) != value
     ]
@@ -49,4 +55,13 @@ def _as_now(saved: dict[str, object], identity: dict[str, object]) -> dict[str, 
     # Whether lanes were out of step was a part of the data's fingerprint only.
     other = {"on": "off", "off": "on"}.get(str(identity.get("data.stagger")))
     stagger = identity.get("data.stagger") if saved.get("data") == identity.get("data") else other
-    return {"task.curriculum": "off", "data.stagger": stagger} | now
+    # A decoder that a model begins as shows in its shapes alone, which are checked by themselves.
+    init_from = identity.get("model.init_from")
+    return {"task.curriculum": "off", "data.stagger": stagger, "model.init_from": init_from} | now
+
+
+def _source(key: str) -> str:
+    """Where it comes from, in brackets, when it is no key of the configuration."""
+    if "." in key and not key.startswith("backbone."):
+        return ""
+    return f" (it comes from {_SOURCES.get(key, 'the decoder in model.backbone or model.init_from')})"

@@ -41,6 +41,10 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return cast("list[T]", values)
 
+    def ranks_here(self) -> int:
+        """How many ranks share this rank's host, and its memory. All ranks must ask."""
+        return self.all_gather(self.host).count(self.host)
+
     def broadcast(self, value: T) -> T:
         """Rank 0's small Python `value` on all ranks."""
         if self.size == 1:

@@ -1,4 +1,4 @@
-"""What a run says when a GPU fails it: memory that does not suffice, with what would, and errors of CUDA."""
+"""What a run says when its device fails it: memory that does not suffice, with what would, and errors of CUDA."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from dataclasses import dataclass
 from math import isqrt
 
 import torch
+import torch.distributed as dist
 
 from gptb_ds.config import divisors
-from gptb_ds.training.sizes import WindowMemory
+from gptb_ds.training.sizes import WindowMemory, free_memory
 from gptb_ds.training.train_state import RunFacts
 
 # Of the free memory: allocators lose some of it between blocks.
 _USABLE = 0.9
 # Errors that mean memory, though no allocator of torch's raised them.
-_NO_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
+_NO_MEMORY = (
+    *("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed"),
+    "defaultcpuallocator: can't allocate memory",
+)
 _OF_DEVICE = ("cuda error", "cuda driver error", "cudnn error", "cublas_status", "cudnn_status", "hip error")
 
 
 class DeviceFailureError(RuntimeError):
-    """A GPU has failed this rank; the message is one line. The other ranks lose contact."""
+    """Its device has failed this rank; the message is one line. The other ranks lose contact."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,8 @@ class GpuMemory:
 
 def gpu_memory(window: WindowMemory, device: torch.device, later: int) -> GpuMemory:
     """As it is before a window; `later`: bytes of gradients and moments, which are not there yet."""
-    free, total = torch.cuda.mem_get_info(device)
-    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return GpuMemory(total, max(0.0, free + idle - later), window)
+    total = torch.cuda.mem_get_info(device)[1]
+    return GpuMemory(total, max(0.0, free_memory(device, 1) - later), window)
 
 
 @contextmanager
@@ -49,7 +52,8 @@ def named_failures(facts: RunFacts, ranks: int, memory: GpuMemory | None = None)
         said = str(error).lower()
         if isinstance(error, torch.OutOfMemoryError) or any(word in said for word in _NO_MEMORY):
             raise DeviceFailureError(out_of_memory(error, facts, ranks, memory)) from error
-        if any(word in said for word in _OF_DEVICE):
+        # An error of NCCL may quote one of CUDA: it mostly comes of another rank's end, and is told as that.
+        if any(word in said for word in _OF_DEVICE) and not isinstance(error, dist.DistError):
             raise DeviceFailureError(device_error(error, facts, ranks)) from error
         raise
 
@@ -63,7 +67,7 @@ def out_of_memory(error: BaseException, facts: RunFacts, ranks: int, memory: Gpu
     held = every or facts.window
     needs = f": {_gib(_need(facts, lanes // groups, every, memory))} of {_room(memory)}" if memory else ""
     remedies = _fitting(facts, lanes, memory)
-    remedies.append("a policy of a higher ZeRO stage, or with offload, takes optimizer state off the GPU")
+    remedies.append("a policy of a higher ZeRO stage, or with offload, takes optimizer state off the device")
     return (
         f"{_first_line(error)}. A backward pass holds {held} of the window's {facts.window} columns for"
         f" {lanes // groups} lanes ({_settings(facts, ranks)}){needs}. With less: {'; '.join(remedies)}"

@@ -194,6 +194,7 @@ def _identity(config: Config, windows: LaneCollator, model: WindowModel) -> dict
         own = model.config
         identity |= own.identity() if isinstance(own, GPTBDecoderConfig) else inherited(cast(GPTBConfig, own))
         shape += ("num_slots", "rebias", "recent_tokens", "carry")
+        identity["model.init_from"] = "a decoder to begin as" if own.preserve_decoder else "none to begin as"
     if config.model.kind == "gpt2":
         identity["model.context"] = config.model.context or config.data.window
     return identity | {f"model.{key}": getattr(config.model, key) for key in shape}

@@ -1,4 +1,7 @@
-"""What a run that goes on has in the place of a key's "auto": chosen once, written into its config.yaml, and kept."""
+"""What a run that goes on has in the place of a key's "auto": chosen once, written into its config.yaml, and kept.
+
+A run that continues another one's checkpoint keeps what that one has chosen.
+"""
 
 from __future__ import annotations
 
@@ -11,35 +14,38 @@ from gptb_ds.config import Config
 
 
 def kept_choice(config: Config, key: str, choices: Collection[str], before: str | None = None) -> str | None:
-    """The choice that the run in `run.dir` made for `key` (GROUP.NAME); None: it has made none, or starts anew.
+    """The choice that the run which goes on made for `key` (GROUP.NAME); None: it has made none, or none goes on.
 
     `before` is what runs did before there was the key.
     """
-    if config.run.resume == "never":
-        return None
-    group, name = key.split(".")
-    try:
-        found = yaml.safe_load((Path(config.run.dir) / "config.yaml").read_text()).get(group, {}).get(name, before)
-        found = {True: "on", False: "off"}.get(found, found)  # a switch, as it was written once
-    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError):
-        return None
-    return found if found in choices else None
+    found = _kept(config, key, before)
+    if isinstance(found, bool):  # a switch, as it was written once
+        found = "on" if found else "off"
+    return found if isinstance(found, str) and found in choices else None
 
 
 def kept_number(config: Config, key: str) -> int | None:
-    """The number that the run in `run.dir` has for `key` (GROUP.NAME); None as in `kept_choice`."""
-    if config.run.resume == "never":
-        return None
-    group, name = key.split(".")
-    try:
-        found = yaml.safe_load((Path(config.run.dir) / "config.yaml").read_text())[group][name]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return None
+    """The number that the run which goes on has for `key` (GROUP.NAME); None as in `kept_choice`."""
+    found = _kept(config, key)
     return found if type(found) is int and found >= 0 else None
 
 
+def _kept(config: Config, key: str, before: object = None) -> object:
+    """What the config.yaml of the run which goes on has for `key`; `before` where it lacks the key."""
+    resume = config.run.resume
+    if resume == "never":
+        return None
+    # A checkpoint is RUN/checkpoints/step-N.
+    folder = Path(config.run.dir) if resume == "auto" else Path(resume).resolve().parent.parent
+    group, name = key.split(".")
+    try:
+        return yaml.safe_load((folder / "config.yaml").read_text()).get(group, {}).get(name, before)
+    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError):
+        return None
+
+
 def with_kept_order(config: Config) -> Config:
-    """`config` with the documents in the lanes as the run in `run.dir` began, whatever "auto" means today."""
+    """`config` with the documents in the lanes as the run which goes on began, whatever "auto" means today."""
     data, task = config.data, config.task
     if data.stagger == "auto":
         chosen = kept_choice(config, "data.stagger", ("on", "off")) or ("on" if data.is_staggered else "off")

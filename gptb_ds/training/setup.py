@@ -123,7 +123,7 @@ def _set_up(config: Config, world: World, stop: StopRequests, started: float) ->
     config = world.on_rank0(with_backbone, config)
     config = world.on_rank0(with_kept_order, config)
     config = world.on_rank0(with_precision, config, world.device)
-    config = world.on_rank0(with_sizes, config, world.device, world.size, _ranks_here(world), print)
+    config = world.on_rank0(with_sizes, config, world.device, world.size, world.ranks_here(), print)
     config = world.on_rank0(with_compilation, config, world.device)
     in_tf32 = allow_tf32(world.device, config.train.precision)
     inputs = world.on_all_ranks(read_inputs, config, world)
@@ -203,11 +203,6 @@ def _must_not_be_beyond_the_end(manifest: Manifest, facts: RunFacts, checkpoint:
         )
 
 
-def _ranks_here(world: World) -> int:
-    """Ranks that share this host's memory; all of them where no launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-
-
 def _has_trained(metrics: Path) -> bool:
     """Whether there are updates in the metrics. Half a line at the end, or any other, is none of our business yet."""
     return metrics.is_file() and b'"loss"' in metrics.read_bytes()
@@ -226,6 +221,13 @@ def _build(inputs: Inputs, world: World, reporter: Reporter, stop: StopRequests,
     lanes = facts.lanes // world.size
     model = cast(PreTrainedModel, inputs.model)
     usage = usage_of(model, world, facts.train.precision, lanes // facts.train.lane_groups)
+    if isinstance(inputs.model, RecurrentLM):
+        # Before the step is compiled: it would be compiled for these small windows as well.
+        memory = world.on_rank0(measure_memory, inputs.model, world.device, facts.train.precision)
+        usage = replace(usage, window=memory)
+        free = free_memory(world.device, world.ranks_here())
+        at_once = lanes // facts.train.lane_groups
+        reporter.say(memory_line(memory, at_once, facts.window, facts.train.recompute_every, free))
     if facts.train.compile == "on":
         hindered = obstacle(zero_stage(inputs.policy))
         if hindered is None:
@@ -233,12 +235,6 @@ def _build(inputs: Inputs, world: World, reporter: Reporter, stop: StopRequests,
             compile_step(cast(RecurrentLM, inputs.model), reporter.say)
         else:
             reporter.say(f"train.compile on: the step is not compiled: {hindered}")
-    if isinstance(inputs.model, RecurrentLM):
-        memory = world.on_rank0(measure_memory, inputs.model, world.device, facts.train.precision)
-        usage = replace(usage, window=memory)
-        free = free_memory(world.device, _ranks_here(world))
-        at_once = lanes // facts.train.lane_groups
-        reporter.say(memory_line(memory, at_once, facts.window, facts.train.recompute_every, free))
     engine = Engine(
         WindowObjective(inputs.model, facts.train.recompute_every, count_right=facts.is_task),
         world,

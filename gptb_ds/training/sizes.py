@@ -93,9 +93,10 @@ def choose_recompute(memory: WindowMemory, lanes: int, window: int, usable: floa
 
 
 def free_memory(device: torch.device, ranks_here: int) -> float:
-    """Bytes that this rank may take: of its GPU, or its share of the host's."""
+    """Bytes that this rank may take: of its GPU, with what torch's allocator holds idle; or its share of the host's."""
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + idle)
     return float(psutil.virtual_memory().available) / ranks_here
 
 
@@ -108,7 +109,8 @@ def training_bytes(model: nn.Module, precision: str) -> int:
 def with_sizes(config: Config, device: torch.device, ranks: int, ranks_here: int, say: Callable[[str], None]) -> Config:
     """`config` with numbers in the place of `data.lanes auto` and `train.recompute_every auto`; on rank 0.
 
-    A run that has made its choice keeps it. Raises ValueError for a store or model that can't be read.
+    A run that has made its choice keeps it. Raises ValueError for a store or model that can't be read, and for a
+    `data.skip` beyond the lanes.
     """
     lanes, every = config.data.lanes, config.train.recompute_every
     if lanes == AUTO_LANES:
@@ -122,7 +124,7 @@ def with_sizes(config: Config, device: torch.device, ranks: int, ranks_here: int
         usable = _USABLE * (free_memory(device, ranks_here) - training_bytes(model, config.train.precision))
         groups = config.train.most_groups
         if lanes == AUTO_LANES:
-            fits = _fitting(memory, config.data.window, usable, recomputed=every != 0)
+            fits = most_lanes(memory, config.data.window, every, usable)
             rates = lane_rates(model, device, config.train.precision, fits)
             chosen = knee(rates)
             lanes = chosen * ranks * groups
@@ -133,14 +135,17 @@ def with_sizes(config: Config, device: torch.device, ranks: int, ranks_here: int
             if every:
                 say(f"train.recompute_every auto: {every}")
     data = config.data.model_copy(update={"lanes": lanes})
+    data.skips()  # the configuration could not look yet whether they are among the lanes
     train = config.train.model_copy(update={"recompute_every": every})
     return config.model_copy(update={"data": data, "train": train})
 
 
-def _fitting(memory: WindowMemory, window: int, usable: float, *, recomputed: bool) -> int:
-    """The most lanes whose window fits, at least one."""
-    every = choose_recompute(memory, 1, window, 0.0) if recomputed else 0
-    return max(1, int(usable / memory.kept(1, window, every)))
+def most_lanes(memory: WindowMemory, window: int, every: int, usable: float) -> int:
+    """The most lanes whose window fits, and a trial's as well; at least one. `every`: recomputation, or its "auto"."""
+    if every == AUTO_RECOMPUTE:
+        every = choose_recompute(memory, 1, window, 0.0)
+    a_lane = max(memory.kept(1, window, every), memory.kept(1, _TRIAL_COLUMNS, 0))
+    return max(1, int(usable / a_lane))
 
 
 def _trial_model(config: Config) -> WindowModel:

@@ -109,7 +109,7 @@ def main() -> None:
         "--store", default="data/stdlib-bpe", help="`gptb-ds prepare --source stdlib --tokenizer bpe:2048` makes it"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/backbones"))
-    parser.add_argument("--updates", type=int, default=1400, help="of 512 tokens (default: the demo's 1,400)")
+    parser.add_argument("--updates", type=int, default=1300, help="of 512 tokens (default: the demo's 1,300)")
     parser.add_argument("--backbones", nargs="+", default=BACKBONES)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--seconds", type=float, help="stop after so long")

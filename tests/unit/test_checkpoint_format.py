@@ -102,6 +102,9 @@ def test_identity_and_settings():
     text = str(caught.value)
     assert "data was 'x' when this was saved and is 'y' now" in text and "data.lanes was 4" in text
     assert "--run.resume never" in text
+    assert "is 'y' now (it comes from the stores in data.path)" in text and "data.lanes was 4" in text
+    with pytest.raises(CheckpointError, match=r"\(it comes from the decoder in model.backbone or model.init_from\)"):
+        check_identity(saved, {"n_positions": 4}, Path("c"))
     assert changed_settings(saved, {"optim.lr": 0.2, "world_size": 1}) == ["optim.lr 0.1 -> 0.2"]
 
 
@@ -112,6 +115,7 @@ def test_a_checkpoint_from_before_there_was_a_key():
     with pytest.raises(CheckpointError, match=r"task.curriculum was 'off' when this was saved and is 'auto, .*' now"):
         check_identity(saved, {"task.curriculum": "auto, documents of 4 tokens at first"}, Path("c"))
     assert changed_settings(saved, dict(saved.settings) | {"run.snapshot_every": 0}) == []
+    check_identity(saved, dict(saved.identity) | {"model.init_from": "none to begin as"}, Path("c"))
     for stagger in ("on", "off"):  # the data's fingerprint told
         check_identity(saved, dict(saved.identity) | {"data.stagger": stagger}, Path("c"))
     with pytest.raises(CheckpointError, match=r"data.stagger was 'off' when this was saved and is 'on' now"):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gptb_ds.config import OptimConfig, RunConfig, TrainConfig
 from gptb_ds.model.configuration import GPTBConfig
@@ -52,6 +53,10 @@ def test_the_formula_is_near_what_a_gpu_took():
         ("CUDA out of memory. Tried to allocate 2 GiB", "With less:"),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)", "With less:"),
         ("CUDA error: an illegal memory access was encountered\nmore", "CUDA_LAUNCH_BLOCKING=1"),
+        (
+            "[enforce fail at x.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 B",
+            "With less:",
+        ),
         ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", "CUDA_LAUNCH_BLOCKING=1"),
     ],
 )
@@ -67,3 +72,9 @@ def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="shape mismatch") as caught, named_failures(facts_of(), 1):
         raise RuntimeError("shape mismatch")
     assert type(caught.value) is RuntimeError
+
+
+def test_an_error_of_a_collective_stays_one_though_it_quotes_the_device():
+    """It mostly comes of another rank's end, and is told as that."""
+    with pytest.raises(dist.DistError), named_failures(facts_of(), 2):
+        raise dist.DistBackendError("NCCL error in: x.cpp:1, unhandled cuda error (run with NCCL_DEBUG=INFO)")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from gptb_ds.config import Config, load_config, save_config
-from gptb_ds.training.kept_choice import with_kept_order
+from gptb_ds.training.kept_choice import kept_number, with_kept_order
 
 
 def config(run: Path, **over: object) -> Config:
@@ -49,3 +49,11 @@ def test_what_is_given_stands(tmp_path: Path):
 def test_a_broken_file_keeps_nothing(content: str, tmp_path: Path):
     (tmp_path / "config.yaml").write_text(content)
     assert with_kept_order(config(tmp_path)).data.stagger == "on"
+
+
+def test_a_checkpoint_of_another_run_brings_its_choices(tmp_path: Path):
+    """So that it isn't refused for an "auto" that means something else in a new folder."""
+    saved_before_the_keys(tmp_path, False)
+    new = config(tmp_path / "new", **{"run.resume": str(tmp_path / "checkpoints" / "step-00000004")})
+    assert with_kept_order(new).data.stagger == "off"
+    assert kept_number(new, "data.lanes") == 64

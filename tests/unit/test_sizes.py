@@ -7,7 +7,15 @@ import torch
 
 from gptb_ds.config import Config, ConfigError, load_config, save_config
 from gptb_ds.training import sizes
-from gptb_ds.training.sizes import WindowMemory, choose_recompute, knee, measure_memory, memory_line, with_sizes
+from gptb_ds.training.sizes import (
+    WindowMemory,
+    choose_recompute,
+    knee,
+    measure_memory,
+    memory_line,
+    most_lanes,
+    with_sizes,
+)
 from tests.harness.models import small_gptb
 from tests.harness.stores import numbered_documents, write_store
 
@@ -85,6 +93,27 @@ def test_numbers_that_stand_for_auto_can_not_be_given(config):
     for key, value in (("data__lanes", 0), ("train__recompute_every", -1), ("data__lanes", "some")):
         with pytest.raises(ConfigError, match=key.replace("__", r"\.")):
             config(**{key: value})
+
+
+def test_the_most_lanes_fit_with_the_recomputation_that_was_given():
+    memory = WindowMemory(column=100.0, state=10)
+    for window, every in ((64, 0), (64, 16), (64, 4), (8, 1)):
+        lanes = most_lanes(memory, window, every, usable=1e6)
+        assert memory.kept(lanes, window, every) <= 1e6
+        assert memory.kept(lanes, 4, 0) <= 1e6  # a trial of speed has four columns, and recomputes nothing
+        assert max(memory.kept(lanes + 1, window, every), memory.kept(lanes + 1, 4, 0)) > 1e6
+    assert most_lanes(memory, 64, 16, usable=-1.0) == 1
+    assert most_lanes(memory, 64, -1, usable=1e6) == most_lanes(memory, 64, 2, usable=1e6)  # "auto": what keeps least
+
+
+def test_columns_to_skip_are_looked_at_when_the_lanes_are_known(config, monkeypatch):
+    monkeypatch.setattr(sizes, "lane_rates", lambda *args: {4: 1.0})
+    found, _ = decide(config(data__lanes="auto", data__skip="0-3:2-4"))
+    assert found.data.skips() == ((range(4), range(2, 5)),)
+    with pytest.raises(ValueError, match=r"data.skip '0-4:2-4': .* with lanes of 0 to 3 and columns that ascend"):
+        decide(config(data__lanes="auto", data__skip="0-4:2-4"))
+    with pytest.raises(ConfigError, match="with columns that ascend"):
+        config(data__lanes="auto", data__skip="0-4:4-2")
 
 
 def test_the_estimate_is_said():
