@@ -19,6 +19,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from .aligned import missing_outputs, with_columns, with_rows
+
 # Rows whose inputs and output gradients are kept before they are multiplied: one product instead of one a column.
 CHUNK_ROWS = 4096
 
@@ -58,7 +60,8 @@ class _Sum:
         lefts, rights = zip(*self.rows, strict=True)
         left_RI, right_RO = (x[0] if len(x) == 1 else torch.cat(x) for x in (lefts, rights))
         self.rows, self.waiting = [], 0
-        self.add(_product(left_RI.t(), right_RO))
+        # Outputs that were added for the product have no gradient to keep.
+        self.add(_product(left_RI.t(), right_RO)[: self.shape[0]])
 
 
 def _wide_type(tensor: torch.Tensor) -> torch.dtype:
@@ -68,6 +71,11 @@ def _wide_type(tensor: torch.Tensor) -> torch.dtype:
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     """A copy that sums are made in: float32, or float64 as it was."""
     return tensor.to(_wide_type(tensor), copy=True)
+
+
+def _row_sum(rows_RO: torch.Tensor) -> torch.Tensor:
+    """The sum of the rows (O,), in the type that sums are made in."""
+    return rows_RO.sum(0, dtype=_wide_type(rows_RO))
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -112,7 +120,10 @@ class _Affine(torch.autograd.Function):
     ) -> torch.Tensor:
         # The parameter is looked up again in backward and not saved: at ZeRO-3 its data is released in between.
         ctx.weight, ctx.bias, ctx.turned = weight, bias, turned
+        ctx.missing = missing_outputs(weight.parameter) if turned and bias is None else 0
         ctx.save_for_backward(x)
+        if ctx.missing:
+            return F.linear(x, with_rows(weight.parameter, ctx.missing))[..., : -ctx.missing]
         matrix = weight.parameter if turned else weight.parameter.t()
         return F.linear(x, matrix, None if bias is None else bias.parameter)
 
@@ -120,16 +131,17 @@ class _Affine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
+        gradient = with_columns(gradient, ctx.missing)
         x_RI, gradient_RO = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         if ctx.turned:  # W is (O, I)
             ctx.weight.add_product(gradient_RO, x_RI)
         else:
             ctx.weight.add_product(x_RI, gradient_RO)
         if ctx.bias is not None:
-            ctx.bias.add(gradient_RO.sum(0, dtype=_wide_type(gradient_RO)))
+            ctx.bias.add(_row_sum(gradient_RO))
         if not ctx.needs_input_grad[0]:
             return (None,) * 6
-        matrix = ctx.weight.parameter if ctx.turned else ctx.weight.parameter.t()
+        matrix = with_rows(ctx.weight.parameter, ctx.missing) if ctx.turned else ctx.weight.parameter.t()
         return (gradient @ matrix, *(None,) * 5)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.gpu import numerics, speed, trained, training
+from tests.gpu import choices, numerics, speed, trained, training
 from tests.gpu.common import GPU, STARTED, show
 
 # Graphs come last: a capture that breaks off leaves the process unfit for more.
@@ -28,6 +28,8 @@ SECTIONS = [
     speed.memory,
     numerics.attention,
     speed.speed,
+    choices.choices,
+    choices.row_sums,
     speed.generation,
     numerics.long_windows,
     trained.kernels,

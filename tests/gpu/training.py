@@ -10,9 +10,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from gptb_ds.config import OptimConfig
 from gptb_ds.data.window import Window
 from gptb_ds.distributed.world import World
 from gptb_ds.model.objective import WindowObjective
-from tests.gpu.common import DTYPES, GPU, VOCAB, small_model, window
+from tests.gpu.common import DTYPES, GPU, VOCAB, show, small_model, window
 from tests.harness.training import TINY, file_checksums, metrics, rewind, write_corpus
 
 # In an update on the make-believe device the host waits 9 times at most: tests/gpu_sim/test_engine.py says what for. At
@@ -169,28 +171,38 @@ RUNS: dict[str, dict[str, object]] = {
 def resume() -> dict[str, Any]:
     """The command, straight, straight again, and stopped after 4 of 12 updates and resumed: metrics and checkpoints.
 
-    "equal" is to the last bit. Each run has a process for itself; they run side by side.
+    "equal" is to the last bit. Each run has a process for itself. All kinds go side by side, and a kind's row is
+    printed as soon as it is known: compiling takes many times as long as the rest.
     """
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(len(RUNS)) as pool:
         folder = Path(name)
         texts = write_corpus(folder / "texts")
         run_command("prepare", "--source", texts, "--out", folder / "store", "--holdout", "0.2")
-        rows = {}
-        _run_all(folder, "straight", "again")
-        for kind in RUNS:
-            rewind(folder / kind / "straight", folder / kind / "resumed", 4)
-        _run_all(folder, "resumed")
-        for kind in RUNS:
-            straight, again, resumed = (folder / kind / turn for turn in ("straight", "again", "resumed"))
-            rows[kind] = {"repeated": same_runs(straight, again, 12), "resumed": same_runs(straight, resumed, 12)}
-        return rows
+        waiting = {pool.submit(_stopped_and_straight, folder, kind): kind for kind in RUNS}
+        rows, failed = {}, {}
+        for done in as_completed(waiting):
+            kind = waiting[done]
+            try:
+                rows[kind] = done.result()
+                show("so far", {kind: rows[kind]})
+            except RuntimeError as error:
+                failed[kind] = str(error)
+                print(f"so far        {kind}: failed\n{error}", flush=True)
+    if failed:
+        raise RuntimeError(f"{rows}; failed: {failed}")
+    return rows
 
 
-def _run_all(folder: Path, *turns: str) -> None:
-    """These runs of every kind, side by side."""
-    started = {f"{kind}, {turn}": _train(folder, kind, turn) for kind in RUNS for turn in turns}
-    for what, process in started.items():
-        _finish(process, what)
+def _stopped_and_straight(folder: Path, kind: str) -> dict[str, Any]:
+    straight, again, resumed = (folder / kind / turn for turn in ("straight", "again", "resumed"))
+    started = time.monotonic()
+    processes = {turn: _train(folder, kind, turn) for turn in ("straight", "again")}
+    for turn, process in processes.items():
+        _finish(process, f"{kind}, {turn}")
+    rewind(straight, resumed, 4)
+    _finish(_train(folder, kind, "resumed"), f"{kind}, resumed")
+    row: dict[str, Any] = {"repeated": same_runs(straight, again, 12), "resumed": same_runs(straight, resumed, 12)}
+    return row | {"seconds": time.monotonic() - started}
 
 
 def run_command(*words: object) -> str:
