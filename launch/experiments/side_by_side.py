@@ -21,6 +21,7 @@ POLICY = Path(__file__).resolve().parents[2] / "ds_configs" / "zero0.json"
 # Below this many seconds no run is started any more, and this share of a run's time is kept for scoring it.
 LEAST_SECONDS, SCORING = 15.0, 0.3
 _MOST_SCORING = 40.0
+MOST_TRIES = 2
 DIVERGED = "not finite"  # the error of a run whose loss was none any more: a result, which a second try would repeat
 
 
@@ -57,6 +58,11 @@ class Results:
         """Whether a run of this name is over, however it ended."""
         return any(line["name"] == name for line in self.lines)
 
+    def has_crashed(self, name: Line) -> bool:
+        """Whether that is how the last run of this name ended."""
+        found = [line for line in self.lines if line["name"] == name]
+        return bool(found) and _crashed(found[-1])
+
     def add(self, line: Line) -> None:
         self.lines.append(line)
         with self.path.open("a") as file:
@@ -75,7 +81,8 @@ def run_cells(
 ) -> None:
     """Makes the runs that `wanted` names, in its order, `workers` at a time; it is asked again after every run.
 
-    What has a line already is not run again, but for a run that crashed or was stopped: the next call makes it anew.
+    What has a line already is not run again, but for a run that crashed (once more, when a worker is free, say for a
+    device that was full) and in the next call for what crashed or was stopped.
     `device` "cpu" hides the GPUs. After `seconds` the runs that are under way stop training and are scored as they are;
     none is started when fewer than `least_seconds` are left.
     """
@@ -87,8 +94,14 @@ def run_cells(
     # A forked process can't use CUDA after its parent has asked for it.
     context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
     revision, running, tried = _revision(), {}, []
+
+    def may_start(name: Line) -> bool:
+        times = tried.count(name)
+        under_way = any(cell.name == name for _, cell, _ in running.values())
+        return times == 0 or (times < MOST_TRIES and not under_way and results.has_crashed(name))
+
     while True:
-        cell = next((c for c in wanted(results) if c.name not in tried and results.line(**c.name) is None), None)
+        cell = next((c for c in wanted(results) if may_start(c.name) and results.line(**c.name) is None), None)
         late = deadline is not None and deadline - time.monotonic() < least_seconds
         if cell is not None and not late and len(running) < workers:
             tried.append(cell.name)
@@ -100,8 +113,7 @@ def run_cells(
             running[number] = (process, cell, time.monotonic())
             continue
         if not running:
-            crashed = [line["name"] for line in results.lines if line["name"] in tried and _crashed(line)]
-            if crashed:
+            if crashed := [name for n, name in enumerate(tried) if name not in tried[:n] and results.has_crashed(name)]:
                 print(f"{len(crashed)} runs crashed, the next start makes them anew: {crashed}", file=sys.stderr)
             return
         done = multiprocessing.connection.wait([process.sentinel for process, *_ in running.values()])

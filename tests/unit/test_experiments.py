@@ -103,6 +103,17 @@ def test_a_run_that_crashed_or_was_stopped_is_made_again_and_one_that_diverged_i
     assert again.has_ended({"cell": "crashed"}) and not again.has_ended({"cell": "other"})
 
 
+def test_a_run_that_crashes_is_tried_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    import side_by_side
+
+    results = side_by_side.Results(tmp_path / "results.jsonl")
+    cell = side_by_side.Cell({"cell": "without data"}, {"data.path": str(tmp_path / "nothing")}, len)
+    side_by_side.run_cells(lambda _: [cell], results)
+    assert [line["name"] for line in results.lines if "error" in line] == [cell.name] * 2
+    assert len(results.lines) == 2 and results.has_crashed(cell.name)
+    assert "1 runs crashed" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_leaves_its_line_and_is_not_made_again(tmp_path: Path):
     command = [sys.executable, str(FOLDER / "state_tracking.py"), "--out", str(tmp_path)]
