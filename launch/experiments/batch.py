@@ -216,7 +216,7 @@ def picture(cells: list[Cells], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, parts = pyplot.subplots(1, len(cells), figsize=(6.4 * len(cells), 4.4), squeeze=False)
+    figure, parts = pyplot.subplots(1, len(cells), figsize=(6.4 * len(cells), 4.8), squeeze=False)
     for axes, one in zip(parts[0], cells, strict=True):
         for number, (contender, label) in enumerate(LABELS.items()):
             found = {size: [line["eval_bits_per_byte"] for line in one.lines(contender, size)] for size in SIZES}
@@ -224,7 +224,11 @@ def picture(cells: list[Cells], path: Path) -> None:
             if not sizes:
                 continue
             axes.plot(
-                sizes, [statistics.mean(found[size]) for size in sizes], marker="o", label=label, color=f"C{number}"
+                sizes,
+                [statistics.mean(found[size]) for size in sizes],
+                marker="osD^vPX"[number],
+                label=label,
+                color=f"C{number}",
             )
             for size in sizes:
                 axes.plot([size] * len(found[size]), found[size], "k_", markersize=6)
@@ -234,8 +238,9 @@ def picture(cells: list[Cells], path: Path) -> None:
         axes.set_ylabel("held-out bits per byte")
         axes.set_title(one.title)
         axes.grid(alpha=0.3)
-        axes.legend()
-    figure.tight_layout()
+    handles, labels = parts[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3)
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path, dpi=100)
 
 
