@@ -3,7 +3,8 @@
     python launch/experiments/tables.py                  writes them
     python launch/experiments/tables.py --add FILE...    takes in the lines of experiments' results.jsonl first
 
-A line that was stopped by a time limit is not taken in. A table stands between `<!-- NAME -->` and `<!-- end of
+A line that was stopped by a time limit is not taken in; with `--stopped` it is where at least half of the updates were
+made, and the tables say so. A table stands between `<!-- NAME -->` and `<!-- end of
 NAME -->`.
 """
 
@@ -16,6 +17,9 @@ import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import text_tables
+from text_tables import table
 
 Line = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +36,7 @@ PUBLISHED = {
     "s5": "128 (implicit Mamba-2; trained to 32)",
 }
 MODELS = {"gpt2": "GPT-2", "lstm": "LSTM", "gptb": "GPTB"}
-SHORT = 1_000
+MOST = 10_000  # the longest length that is scored
 
 
 def lines_of(lines: Iterable[Line], **name: Any) -> list[Line]:
@@ -62,19 +66,20 @@ def _lengths(lines: list[Line], key: str = "longest_99") -> str:
     found = [f"{line[key]:,}" for line in lines]
     if not found:
         return "not run"
-    return (
-        f"{found[0]} ({len(found)} of {len(found)})" if len(found) > 1 and len(set(found)) == 1 else " / ".join(found)
-    )
+    agree = len(found) > 1 and len(set(found)) == 1
+    text = f"{found[0]} ({len(found)} of {len(found)})" if agree else " / ".join(found)
+    shares = [_share(line) for line in lines if line.get("stopped")]
+    return f"{text} (stopped at {min(shares):.0%} of the updates)" if shares else text
+
+
+def _share(line: Line) -> float:
+    """How much of its run was made."""
+    return line["updates"] / line["keys"].get("train.updates", line["updates"])
 
 
 def _tokens(lines: list[Line]) -> str:
     found = [line["tokens_to_99"] for line in lines]
     return " / ".join("never" if n is None else f"{n / 1000:,.0f} k" for n in found) or "not run"
-
-
-def _table(head: list[str], rows: Iterable[list[str]]) -> str:
-    rows = list(rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]) if rows else "Not run yet."
 
 
 def summary(lines: list[Line]) -> str:
@@ -85,7 +90,7 @@ def summary(lines: list[Line]) -> str:
         cells = [_lengths(best_lines(lines, task, model)) for model in MODELS]
         rows.append([label, "32" if task in ("a5", "s5") else "60", CHANCE[task], *cells[:2], f"**{cells[2]}**"])
         rows[-1].append(PUBLISHED[task])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def details(lines: list[Line]) -> str:
@@ -100,7 +105,7 @@ def details(lines: list[Line]) -> str:
                 seeds = " ".join(str(line["name"]["seed"]) for line in found)
                 each = [_lengths(found), _lengths(found, "longest_90"), _tokens(found)]
                 rows.append([label, name, change or "-", seeds, f"{found[0]['parameters'] / 1000:.0f} k", *each])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def ablations(lines: list[Line]) -> str:
@@ -124,32 +129,36 @@ def ablations(lines: list[Line]) -> str:
             found = lines_of(lines, task=task, model="gptb", change=change)
             row += [_lengths(found), _tokens(found)]
         rows.append(row)
-    return _table(head, sorted(rows, key=lambda row: not row[0].startswith("**")))
+    return table(head, sorted(rows, key=lambda row: not row[0].startswith("**")))
 
 
 def health(lines: list[Line]) -> str:
-    """The state's figures at the end of training, where the run has them."""
-    head = [
-        "task",
-        "differs by",
-        "seed",
-        ">= 99% to",
-        "Lyapunov exponent",
-        "gradient at 16 steps",
-        "spread",
-        "swapped state, nats",
+    """The state's figures at the end of training: least, median and most over the runs that have them."""
+    figures = {
+        "Lyapunov exponent": "state_lyapunov",
+        "gradient at 16 steps": "state_gradient_16",
+        "spread": "state_spread",
+        "swapped state, nats": "state_swapped",
+    }
+    measured = [
+        line
+        for line in lines
+        if line["name"].get("task") in TASKS
+        and line["name"]["model"] == "gptb"
+        and (line.get("health") or {}).get("state_lyapunov") is not None
     ]
     rows = []
-    for line in lines:
-        found, name = line.get("health") or {}, line["name"]
-        if name.get("model") == "gptb" and "task" in name and found.get("state_lyapunov") is not None:
-            keys = ("state_lyapunov", "state_gradient_16", "state_spread", "state_swapped")
-            figures = ["-" if found.get(key) is None else f"{found[key]:.2g}" for key in keys]
-            longest = f"{line['longest_99']:,}"
-            rows.append(
-                [TASKS.get(name["task"], name["task"]), name["change"] or "-", str(name["seed"]), longest, *figures]
-            )
-    return _table(head, sorted(rows))
+    for task, label in TASKS.items():
+        for holds in (True, False):
+            found = [line for line in lines_of(measured, task=task) if (line["longest_99"] >= MOST) == holds]
+            if found:
+                row = [label, "yes" if holds else "no", str(len(found))]
+                for key in figures.values():
+                    values = sorted(line["health"][key] for line in found if line["health"].get(key) is not None)
+                    parts = (values[0], statistics.median(values), values[-1]) if len(values) > 1 else values
+                    row.append(" / ".join(f"{value:.2g}" for value in parts) or "-")
+                rows.append(row)
+    return table(["task", f"holds {MOST:,}", "runs", *figures], rows)
 
 
 def parity_benchmark(lines: list[Line]) -> str:
@@ -161,7 +170,7 @@ def parity_benchmark(lines: list[Line]) -> str:
         seeds = [line["accuracy"] for line in found if line["name"]["model"] == model]
         shares = [[seed[length] for seed in seeds] for length in lengths]
         rows.append([model, str(len(seeds)), *(f"{statistics.mean(s):.1%} ({min(s):.1%})" for s in shares)])
-    return _table(["model", "seeds", *(f"at {length}" for length in lengths)], rows)
+    return table(["model", "seeds", *(f"at {length}" for length in lengths)], rows)
 
 
 def language(lines: list[Line]) -> str:
@@ -175,38 +184,7 @@ def language(lines: list[Line]) -> str:
                 means = {key: statistics.mean(line["accuracy"][key] for line in found) for key in found[0]["accuracy"]}
                 shares = ", ".join(f"{key}: {share:.0%}" for key, share in means.items())
                 rows.append([task, label, str(len(found)), shares])
-    return _table(head, rows)
-
-
-def text(lines: list[Line]) -> str:
-    """Held-out bits per byte at the best rate, with what it costs."""
-    head = [
-        "text and budget",
-        "model",
-        "bits per byte (seeds)",
-        "best lr of",
-        "parameters",
-        "FLOPs of a token",
-        "FLOPs",
-        "seconds",
-    ]
-    rows = []
-    for name in dict.fromkeys(line["name"]["text"] for line in lines if "text" in line["name"]):
-        for model in dict.fromkeys(line["name"]["model"] for line in lines_of(lines, text=name)):
-            found = [line for line in lines_of(lines, text=name, model=model) if line.get("eval_bits_per_byte")]
-            if not found:
-                continue
-            first = [line for line in found if line["name"]["seed"] == 0]
-            best = min(first, key=lambda line: line["eval_bits_per_byte"])
-            same = [line for line in found if line["name"]["lr"] == best["name"]["lr"]]
-            bits = [line["eval_bits_per_byte"] for line in same]
-            spread = f" ±{(max(bits) - min(bits)) / 2:.3f}" if len(bits) > 1 else ""
-            rates = f"{best['name']['lr']:g} of {len(first)}"
-            flops = best["flops_per_token"]
-            costs = [f"{best['parameters'] / 1e6:.2f} M", f"{flops / 1e6:.1f} M", f"{flops * best['tokens']:.1e}"]
-            seconds = f"{statistics.mean(line['train_seconds'] for line in same):.0f}"
-            rows.append([name, model, f"**{statistics.mean(bits):.3f}**{spread} ({len(bits)})", rates, *costs, seconds])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def hours(lines: list[Line]) -> str:
@@ -222,18 +200,17 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "health": health,
     "parity benchmark": parity_benchmark,
     "language": language,
-    "text": text,
     "hours": hours,
-}
+} | text_tables.TABLES
 
 
 def filled(page: str, lines: list[Line]) -> str:
     """The page with its tables made anew."""
-    for name, table in TABLES.items():
+    for name, made in TABLES.items():
         block = re.compile(rf"<!-- {name} -->\n.*?<!-- end of {name} -->", re.DOTALL)
         if block.search(page):
             page = block.sub(
-                lambda _, name=name, table=table: f"<!-- {name} -->\n{table(lines)}\n<!-- end of {name} -->", page
+                lambda _, name=name, made=made: f"<!-- {name} -->\n{made(lines)}\n<!-- end of {name} -->", page
             )
     return page
 
@@ -277,11 +254,13 @@ def read_lines(path: Path) -> list[Line]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", nargs="*", type=Path, default=[], metavar="FILE", help="take in these lines first")
+    parser.add_argument("--stopped", action="store_true", help="lines that were stopped behind the middle, too")
     args = parser.parse_args()
     lines = read_lines(DATA)
     known = [line["name"] for line in lines]
     for line in (line for path in args.add for line in read_lines(path)):
-        if not line.get("stopped") and "error" not in line and line["name"] not in known:
+        whole = not line.get("stopped") or (args.stopped and _share(line) >= 0.5)
+        if whole and "error" not in line and line["name"] not in known:
             known.append(line["name"])
             line["keys"] = {key: value for key, value in line["keys"].items() if key != "data.path"}
             lines.append(line)

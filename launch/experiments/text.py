@@ -23,7 +23,7 @@ from pathlib import Path
 
 from side_by_side import Cell, Line, Results, parameters_of, run_cells
 
-SEEDS, RATES = (0, 1, 2), (8e-3, 4e-3)
+SEEDS, RATES = (0, 1, 2), (8e-3, 4e-3)  # more rates: --rates
 PIECE = 2048  # tokens of a document, in training and when it is scored
 SHAPE: Line = {"model.n_layer": 2, "model.n_embd": 192, "model.n_head": 4, "model.num_slots": 8}
 COLUMNS: Line = {"data.lanes": 512, "data.window": 16, "train.precision": "fp32"}
@@ -122,6 +122,7 @@ class Plan:
         share = getattr(args, "trial_share", 4)
         self._trials = args.name if share == 1 else f"{args.name}, trials of a {share}th"
         self._trial_tokens = args.tokens // share
+        self._every_rate = tuple(getattr(args, "rates", RATES))
 
     def cells(self) -> Iterator[Cell]:
         """The runs in the order of their worth."""
@@ -129,8 +130,8 @@ class Plan:
             yield Cell(name, keys_of(name, self._args), score)
 
     def _names(self) -> Iterator[Line]:
-        yield from (self._trial(model, RATES[0]) for model in self._models)
-        yield from (self._trial(model, rate) for rate in RATES[1:] for model in self._models[:TUNED])
+        yield from (self._trial(model, self._every_rate[0]) for model in self._models)
+        yield from (self._trial(model, rate) for rate in self._every_rate[1:] for model in self._models[:TUNED])
         best = {family: self.best(family) for family in FAMILIES}
         for seed in SEEDS:
             for found in best.values():
@@ -166,7 +167,7 @@ class Plan:
         return {"model": model, "lr": rate}
 
     def _rates(self, model: str) -> tuple[float, ...]:
-        return RATES if model in self._models[:TUNED] else RATES[:1]
+        return self._every_rate if model in self._models[:TUNED] else self._every_rate[:1]
 
     def _longer(self, best: dict[str, Line | None]) -> Iterator[Line]:
         """GPTB and its twin with four times the tokens, where the time that is left lets them end."""
@@ -242,6 +243,7 @@ def main() -> None:
     parser.add_argument("--trial-share", type=int, default=4, help="a trial has one so-manieth of the tokens")
     parser.add_argument("--eval-tokens", type=int, default=400_000)
     parser.add_argument("--models", type=int, default=len(MODELS), help="only the first so many models")
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates of the trials")
     parser.add_argument("--plain", action="store_true", help="trials and headline only")
     parser.add_argument("--small", action="store_true", help="two layers of width 64, for a CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
