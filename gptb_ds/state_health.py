@@ -75,7 +75,8 @@ class StateHealth:
         None: there is no such number.
         """
         window = self._columns.to(self._world.device)
-        with torch.enable_grad():
+        # cuDNN takes gradients of an LSTM in training mode only, and refuses them here; torch's own kernels give them.
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
             carried, states, losses_TB, last_loss_B = _read(model, window)
             gradients = _norms_before(last_loss_B.sum(), states)
             # Of its own stream, as evaluation touches none of the run's, and the same on any ranks.

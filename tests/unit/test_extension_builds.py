@@ -43,10 +43,11 @@ def begin_build(folder: Path, compiler: str | None = None) -> subprocess.Popen[b
 
 
 def begin_endless_build(folder: Path) -> subprocess.Popen[bytes]:
-    """One that has taken the lock, and whose compiler never comes back."""
+    """One that has taken the lock, and whose compiler does not come back as long as this test lives."""
     compiler = folder.parent / "endless-compiler"
     # Asked for its version it answers, as torch wants to know.
-    compiler.write_text('#!/bin/sh\ncase "$*" in *-v*|*-dump*) exec c++ "$@";; esac\nexec sleep 1000000\n')
+    answer = 'case "$*" in *-v*|*-dump*) exec c++ "$@";; esac'
+    compiler.write_text(f"#!/bin/sh\n{answer}\nwhile kill -0 {os.getpid()}; do sleep 1; done\n")
     compiler.chmod(0o755)
     process = begin_build(folder, str(compiler))
     wait_until((folder / "lock").exists, "the lock of a build")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config
 
+from gptb_ds.baselines import LSTMBaseline, LSTMConfig
 from gptb_ds.cli import main
 from gptb_ds.data.corpus import Corpus, open_corpus
 from gptb_ds.data.segments import whole_pieces
@@ -141,6 +142,16 @@ def test_without_a_state_nothing_but_the_recent_tokens_is_known():
     with without_state(model):
         torch.testing.assert_close(model(ids).logits, twin(ids).logits)
     assert not torch.allclose(model(ids).logits, twin(ids).logits)
+
+
+def test_no_gradient_of_an_lstm_is_asked_of_cudnn(corpus: Corpus):
+    """It gives one in training mode only: a run on a GPU ended at its first evaluation."""
+    model = LSTMBaseline(LSTMConfig(vocab_size=V, n_embd=8, n_layer=1)).eval()
+    asked = set()
+    model.lstm.register_forward_hook(lambda *_: asked.add((torch.is_grad_enabled(), torch.backends.cudnn.enabled)))
+    found = health(corpus).measure(model)
+    assert asked == {(True, False), (False, True)}
+    assert found["state_norm"] is not None
 
 
 def test_measuring_leaves_no_gradients_and_moves_no_random_stream(corpus: Corpus):
