@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .cheap import cheap_recomputed
 from .gradient_sums import Fp32GradientSums, recomputed_in
 from .window_model import WindowModel
 
@@ -35,6 +36,7 @@ class WindowObjective(nn.Module):
         recompute_every: int = 0,
         fp32_sums: bool | None = None,
         count_right: bool = False,
+        recompute_cheap: bool = False,
     ) -> None:
         """`recompute_every` = c > 0 keeps only the states of every c-th step and recomputes inside.
 
@@ -44,10 +46,14 @@ class WindowObjective(nn.Module):
         `count_right`: the buffer `right` has how many counted targets of the last window were the likeliest token. A
         buffer, which whoever calls reads next, because a window that is replayed as a CUDA graph writes its numbers to
         fixed places.
+
+        `recompute_cheap`: norms and activation functions are computed again in the backward pass (`cheap_recomputed`);
+        with `recompute_every` it has no say, nor with a compiled step.
         """
         super().__init__()
         self.model = model
         self.recompute_every = recompute_every
+        self.recompute_cheap = recompute_cheap and not recompute_every
         self.fp32_sums = fp32_sums
         self.register_buffer("right", torch.zeros((), dtype=torch.int64) if count_right else None, persistent=False)
         # What computes a window with gradients in another way, or returns None to leave it to `forward`.
@@ -71,7 +77,8 @@ class WindowObjective(nn.Module):
             if replaced is not None:
                 return replaced
         sums = self._gradient_sums(state_BSE)
-        with sums or nullcontext():
+        cheap = cheap_recomputed() if self.recompute_cheap and torch.is_grad_enabled() else nullcontext()
+        with cheap, sums or nullcontext():
             hidden_KBE, new_state_BSE = self.model.unroll(
                 input_ids_KB, state_BSE, reset_KB, self.recompute_every if torch.is_grad_enabled() else 0, sums
             )

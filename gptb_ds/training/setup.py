@@ -223,7 +223,9 @@ def _build(inputs: Inputs, world: World, reporter: Reporter, stop: StopRequests,
     usage = usage_of(model, world, facts.train.precision, lanes // facts.train.lane_groups)
     if isinstance(inputs.model, RecurrentLM):
         # Before the step is compiled: it would be compiled for these small windows as well.
-        memory = world.on_rank0(measure_memory, inputs.model, world.device, facts.train.precision)
+        memory = world.on_rank0(
+            measure_memory, inputs.model, world.device, facts.train.precision, facts.train.recompute_cheap
+        )
         usage = replace(usage, window=memory)
         free = free_memory(world.device, world.ranks_here())
         at_once = lanes // facts.train.lane_groups
@@ -236,7 +238,12 @@ def _build(inputs: Inputs, world: World, reporter: Reporter, stop: StopRequests,
         else:
             reporter.say(f"train.compile on: the step is not compiled: {hindered}")
     engine = Engine(
-        WindowObjective(inputs.model, facts.train.recompute_every, count_right=facts.is_task),
+        WindowObjective(
+            inputs.model,
+            facts.train.recompute_every,
+            count_right=facts.is_task,
+            recompute_cheap=facts.train.recompute_cheap,
+        ),
         world,
         lanes=lanes,
         lane_groups=facts.train.lane_groups,

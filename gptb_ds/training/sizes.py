@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import psutil
@@ -18,6 +19,7 @@ from gptb_ds.config import AUTO_LANES, AUTO_RECOMPUTE, Config
 from gptb_ds.data.corpus import open_corpus
 from gptb_ds.distributed.watchdog import progress_made
 from gptb_ds.model.backbones import build_decoder
+from gptb_ds.model.cheap import Recipes
 from gptb_ds.model.decoder_configuration import GPTBDecoderConfig
 from gptb_ds.model.objective import WindowObjective
 from gptb_ds.model.window_model import WindowModel
@@ -47,28 +49,35 @@ class WindowMemory:
         return lanes * (min(every, window) * self.column + -(-window // every) * self.state)
 
 
-def measure_memory(model: WindowModel, device: torch.device, precision: str) -> WindowMemory:
-    """By two small windows of a copy of `model` on the device, of which autograd says what it keeps."""
+def measure_memory(
+    model: WindowModel, device: torch.device, precision: str, recompute_cheap: bool = False
+) -> WindowMemory:
+    """By two small windows of a copy of `model` on the device, of which autograd says what it keeps.
+
+    `recompute_cheap` as in `WindowObjective`.
+    """
     trial = copy.deepcopy(model).to(device, _DTYPES[precision]).train()
-    few, more = (_kept_bytes(trial, lanes=2, steps=steps) for steps in (2, 4))
+    few, more = (_kept_bytes(trial, 2, steps, recompute_cheap) for steps in (2, 4))
     state = trial.empty_state(1)
     return WindowMemory((more - few) / 4, state.numel() * state.element_size())
 
 
-def _kept_bytes(model: WindowModel, lanes: int, steps: int) -> int:
-    """Bytes of the storages that the graph of a window holds, parameters left out."""
+def _kept_bytes(model: WindowModel, lanes: int, steps: int, recompute_cheap: bool = False) -> int:
+    """Bytes of the storages that the graph of a window holds, without parameters and what is computed again."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
     held: list[torch.Tensor] = []  # a storage that is freed gives its address to the next one
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in own and (recipes is None or recipes.of(tensor) is None):
             kept[storage.data_ptr()] = storage.nbytes()
             held.append(tensor)
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    recipes = Recipes() if recompute_cheap else None
+    kept_noted = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with torch.enable_grad(), recipes or nullcontext(), kept_noted:
         loss, _ = WindowObjective(model)(*_trial_window(model, lanes, steps))
     del loss
     return sum(kept.values())
@@ -120,7 +129,7 @@ def with_sizes(config: Config, device: torch.device, ranks: int, ranks_here: int
         every = (AUTO_RECOMPUTE if kept is None else kept) if config.model.kind == "gptb" else 0
     if lanes == AUTO_LANES or every == AUTO_RECOMPUTE:
         model = _trial_model(config)
-        memory = measure_memory(model, device, config.train.precision)
+        memory = measure_memory(model, device, config.train.precision, config.train.recompute_cheap)
         usable = _USABLE * (free_memory(device, ranks_here) - training_bytes(model, config.train.precision))
         groups = config.train.most_groups
         if lanes == AUTO_LANES:

@@ -3,7 +3,7 @@
 A process of its own: `python -m tests.gpu_sim.engine_cases CASE...`, a case being STAGE:PRECISION:RECOMPUTE:GROUPS
 and then, one or none, :graph (captured windows), :offload (the optimizer on the host), :offload-all (the parameters
 too); or window:PRECISION:RECOMPUTE:1, sample:PRECISION:0:TOKENS, or kept:PRECISION:RECOMPUTE:LANES. @FAMILY behind
-it takes another backbone.
+it takes another backbone. RECOMPUTE may be "cheap".
 Axes: B lanes, K steps.
 """
 
@@ -62,11 +62,17 @@ OFFLOADED = {"": {}, "offload": {"offload_optimizer": HOST}}
 OFFLOADED["offload-all"] = OFFLOADED["offload"] | {"offload_param": HOST}
 
 
-def run(world: World, stage: int, precision: str, recompute: int, groups: int, family: str, variant: str = "") -> dict:
+def recomputed(model: AnyGPTB, recompute: str) -> WindowObjective:
+    if recompute == "cheap":
+        return WindowObjective(model, recompute_cheap=True)
+    return WindowObjective(model, int(recompute))
+
+
+def run(world: World, stage: int, precision: str, recompute: str, groups: int, family: str, variant: str = "") -> dict:
     """Losses of three updates and the weights after them; what the last one waited for and copied."""
     offload = OFFLOADED.get(variant, {})
     engine = Engine(
-        WindowObjective(small_model(family), recompute),
+        recomputed(small_model(family), recompute),
         world,
         lanes=LANES,
         lane_groups=groups,
@@ -103,13 +109,13 @@ def weights_of(engine: Engine) -> dict[str, str]:
     return {name: hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
 
 
-def run_window(device: torch.device, precision: str, recompute: int, family: str) -> dict:
+def run_window(device: torch.device, precision: str, recompute: str, family: str) -> dict:
     """Forward and backward of one window, without DeepSpeed: what a CUDA graph would hold."""
     model = small_model(family).to(device, PRECISIONS[precision])
     window = windows(0, 1, device)[0]
     state = model.empty_state(LANES)
     fake_cuda.reset()
-    loss, _ = WindowObjective(model, recompute)(window.input_ids, window.targets, window.reset, state)
+    loss, _ = recomputed(model, recompute)(window.input_ids, window.targets, window.reset, state)
     loss.backward()
     counts = fake_cuda.counts()
     return {"losses": [loss.item() / (LANES * STEPS)], "applied": []} | counts
@@ -162,13 +168,13 @@ def main(cases: list[str]) -> None:
         stage, precision, recompute, groups, *variant = numbers.split(":")
         try:
             if stage == "window":
-                found = run_window(world.device, precision, int(recompute), family)
+                found = run_window(world.device, precision, recompute, family)
             elif stage == "kept":
                 found = run_kept(world.device, precision, int(recompute), int(groups))
             elif stage == "sample":
                 found = run_sample(world.device, precision, int(groups))
             else:
-                found = run(world, int(stage), precision, int(recompute), int(groups), family, *variant)
+                found = run(world, int(stage), precision, recompute, int(groups), family, *variant)
         except Exception:
             found = {"error": traceback.format_exc()}
         print(json.dumps({"case": case} | found), flush=True)
