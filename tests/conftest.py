@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.harness.once import made_once
 from tests.harness.training import write_corpus
 
 # Models of tests are tiny: a second thread waits for the first longer than it works, above all on a busy machine.
@@ -20,10 +21,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small store of byte-level documents, with a held-out split."""
     from gptb_ds.cli import main
 
-    folder = tmp_path_factory.mktemp("data")
-    texts = write_corpus(folder / "texts")
-    assert main(["prepare", "--source", str(texts), "--out", str(folder / "store"), "--holdout", "0.2"]) == 0
-    return folder / "store"
+    def make(folder: Path) -> None:
+        texts = write_corpus(folder / "texts")
+        assert main(["prepare", "--source", str(texts), "--out", str(folder / "store"), "--holdout", "0.2"]) == 0
+
+    return made_once(tmp_path_factory, "data", make) / "store"
 
 
 @pytest.fixture(autouse=True)

@@ -172,15 +172,21 @@ def says_small_exchanges(rank: int) -> None:
         saying(name)
 
 
-def slow_evaluation(rank: int) -> None:
-    """Each window of an evaluation takes a while longer."""
+def slow_evaluation(number: int) -> Callable[[int], None]:
+    """From this evaluation of the process on, each window takes a while longer."""
+    return functools.partial(_slow_evaluation, number)
+
+
+def _slow_evaluation(number: int, rank: int) -> None:
     import gptb_ds.evaluation as evaluation
 
-    windows = evaluation.held_out_windows
+    windows, evaluations = evaluation.held_out_windows, []
 
     def slow(*call, **options):
+        evaluations.append(1)
         for window in windows(*call, **options):
-            time.sleep(0.25)
+            if len(evaluations) >= number:
+                time.sleep(0.25)
             yield window
 
     evaluation.held_out_windows = slow

@@ -34,7 +34,7 @@ TINY = {
     "run.save_every": 4,
     "run.keep": 100,
     "run.eval_every": 5,
-    "run.eval_tokens": 200,
+    "run.eval_tokens": 30,  # five windows
     "run.log_every": 1,
     "run.hang_seconds": 60,
 }

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.once import made_once
 from tests.harness.training import train
 
 
 @pytest.fixture(scope="session")
 def straight(store, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "straight"
-    train(run, store, ranks=2)
-    return run
+    return made_once(tmp_path_factory, "straight", lambda at: train(at / "run", store, ranks=2)) / "run"

@@ -25,9 +25,10 @@ BIG = {
     "stage": 1,
     "model__n_embd": 128,
     "model__dropout": 0.1,
-    "train__updates": 400,
-    "run__save_every": 10,
-    "run__eval_every": 90,
+    "data__window": 3,
+    "train__updates": 200,
+    "run__save_every": 5,
+    "run__eval_every": 45,
     "run__keep": 2,
 }
 
@@ -54,7 +55,7 @@ def test_thirty_kills_change_nothing(store, tmp_path: Path):
             in_save += hit == "save"
         train(run, store, **BIG)
         assert metrics(run) == metrics(tmp_path / "straight")
-        assert file_checksums(run, 400) == file_checksums(tmp_path / "straight", 400)
+        assert file_checksums(run, 200) == file_checksums(tmp_path / "straight", 200)
     print(f"{kills} kills survived, {in_save} in the middle of a save, {runs} runs finished")
     assert in_save >= 10
 
@@ -62,7 +63,7 @@ def test_thirty_kills_change_nothing(store, tmp_path: Path):
 def _kill_somewhere(job, run: Path, chooser: random.Random, aim_at_save: bool) -> str | None:
     """SIGKILL to a random rank: in a save that is under way, or after a random time. None: the job ended before."""
     victim = chooser.randrange(2)
-    end = time.monotonic() + chooser.uniform(0.0, 4.0)
+    end = time.monotonic() + chooser.uniform(0.0, 3.0)
     newest = max((int(p.name.split("-")[1]) for p in checkpoint_folders(run)), default=0)
     saves = chooser.randrange(1, 3)
     while all(process.is_alive() for process in job.processes):
@@ -70,7 +71,7 @@ def _kill_somewhere(job, run: Path, chooser: random.Random, aim_at_save: bool) -
             job.kill(victim)
             return "anywhere"
         if aim_at_save:
-            folder = checkpoint_folder(run, newest + 10 * saves)
+            folder = checkpoint_folder(run, newest + BIG["run__save_every"] * saves)
             if folder.exists() and not (folder / "manifest.json").exists():
                 time.sleep(chooser.uniform(0, 0.01))
                 job.kill(victim)

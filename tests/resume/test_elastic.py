@@ -26,7 +26,7 @@ from gptb_ds.model.objective import WindowObjective
 from tests.harness.processes import run_ranks
 from tests.harness.training import losses, rewind, train
 
-SAVED_AT, UPDATES = 4, 24
+SAVED_AT, UPDATES = 4, 12
 COMMON = {
     "train__updates": UPDATES,
     "run__save_every": SAVED_AT,

@@ -52,7 +52,7 @@ def test_every_update_is_a_place_to_resume(store, tmp_path: Path):
 
 @pytest.mark.slow
 def test_stopped_twice_by_a_signal(store, tmp_path: Path):
-    options = {"ranks": 2, "model__dropout": 0.1, "train__updates": 400, "run__save_every": 0, "run__eval_every": 100}
+    options = {"ranks": 2, "model__dropout": 0.1, "train__updates": 250, "run__save_every": 0, "run__eval_every": 100}
     train(tmp_path / "straight", store, **options)
     run = tmp_path / "stopped"
     for number, rank in ((signal.SIGTERM, 1), (signal.SIGUSR2, 0)):
@@ -64,9 +64,9 @@ def test_stopped_twice_by_a_signal(store, tmp_path: Path):
         assert f"received {number.name}" in job.text(0)
     train(run, store, **options)
     assert metrics(run) == metrics(tmp_path / "straight")
-    assert file_checksums(run, 400) == file_checksums(tmp_path / "straight", 400)
+    assert file_checksums(run, 250) == file_checksums(tmp_path / "straight", 250)
     job = train(run, store, **options)
-    assert "done: 400 updates" in job.text(0)
+    assert "done: 250 updates" in job.text(0)
 
 
 @pytest.mark.slow
@@ -86,8 +86,9 @@ def test_a_stop_inside_an_evaluation_is_heard_there(store, tmp_path: Path):
     train(tmp_path / "straight", store, **options)
     assert '"eval_loss"' in metrics(tmp_path / "straight")[6]
     run = tmp_path / "stopped"
-    for update, lines in ((5, 6), (12, 15)):
-        job = start(run, store, fault=faults.slow_evaluation, **options)
+    # The evaluations of the first start come after updates 0 and 5, those of the second after 5, 10 and 12.
+    for update, lines, slow in ((5, 6, 2), (12, 15, 3)):
+        job = start(run, store, fault=faults.slow_evaluation(slow), **options)
         wait_for_lines(run, lines, job)  # the evaluation after this update is under way
         job.signal(signal.SIGTERM, 1)
         assert job.wait() == [85, 85], job.text()

@@ -17,7 +17,7 @@ OPTIONS = {"ranks": 2, "model__dropout": 0.1, "run__eval_tokens": 400}
 
 def stop_at_its_start(run: Path, store: Path, update: int) -> str:
     """Starts the run with slow evaluations and asks rank 1 to stop as soon as the run has said where it begins."""
-    job = start(run, store, fault=faults.slow_evaluation, **OPTIONS)
+    job = start(run, store, fault=faults.slow_evaluation(1), **OPTIONS)
     wait_until(lambda: f"updates {update} to 12" in job.text(0), "the run to begin", job.text)
     job.signal(signal.SIGTERM, 1)
     assert job.wait() == [85, 85], job.text()
@@ -30,7 +30,7 @@ def test_stops_inside_the_first_evaluation_of_a_start_cost_nothing(store: Path, 
     train(straight, store, **OPTIONS)
     assert "stopped after update 0: received SIGTERM" in stop_at_its_start(run, store, 0)
     assert metrics(run) == [] and not checkpoint_folders(run)
-    job = start(run, store, fault=faults.slow_evaluation, **OPTIONS)
+    job = start(run, store, fault=faults.slow_evaluation(2), **OPTIONS)
     wait_for_lines(run, 6, job)  # the evaluation after update 5 is under way, and stays due
     job.signal(signal.SIGTERM, 1)
     assert job.wait() == [85, 85], job.text()
