@@ -2,8 +2,8 @@
 
 A process of its own: `python -m tests.gpu_sim.engine_cases CASE...`, a case being STAGE:PRECISION:RECOMPUTE:GROUPS
 and then, one or none, :graph (captured windows), :offload (the optimizer on the host), :offload-all (the parameters
-too); or window:PRECISION:RECOMPUTE:1, sample:PRECISION:0:TOKENS, or kept:PRECISION:RECOMPUTE:LANES. @FAMILY behind
-it takes another backbone. RECOMPUTE may be "cheap".
+too); with ! behind it a further update is made twice. Or window:PRECISION:RECOMPUTE:1, sample:PRECISION:0:TOKENS, or
+kept:PRECISION:RECOMPUTE:LANES. @FAMILY behind it takes another backbone. RECOMPUTE may be "cheap".
 Axes: B lanes, K steps.
 """
 
@@ -15,6 +15,7 @@ from tests.gpu_sim import fake_cuda
 
 os.environ["DS_ACCELERATOR"] = "cuda"
 
+import gc
 import hashlib
 import json
 import sys
@@ -68,7 +69,9 @@ def recomputed(model: AnyGPTB, recompute: str) -> WindowObjective:
     return WindowObjective(model, int(recompute))
 
 
-def run(world: World, stage: int, precision: str, recompute: str, groups: int, family: str, variant: str = "") -> dict:
+def run(
+    world: World, again: bool, stage: int, precision: str, recompute: str, groups: int, family: str, variant: str = ""
+) -> dict:
     """Losses of three updates and the weights after them; what the last one waited for and copied."""
     offload = OFFLOADED.get(variant, {})
     engine = Engine(
@@ -90,17 +93,22 @@ def run(world: World, stage: int, precision: str, recompute: str, groups: int, f
         losses.append(result.loss)
         applied.append(result.applied)
     counts = fake_cuda.counts()
-    weights = weights_of(engine)
+    found = {"losses": losses, "applied": applied, "weights": weights_of(engine)} | counts
+    return found | {"twice": made_twice(engine, states, groups)} if again else found
+
+
+def made_twice(engine: Engine, states: list[torch.Tensor], groups: int) -> list[dict]:
+    """Loss and weights of an update that is made, and made once more from what there was before."""
     twice = []
     part, scaler = engine.fp32_state.own_part(), engine.fp32_state.scaler_state()
     for _ in range(2):
         engine.fp32_state.set_own_part(part)
         engine.fp32_state.load_scaler_state(scaler)
-        parts = windows(3, groups, world.device)
+        parts = windows(3, groups, states[0].device)
         given = [state.clone() for state in states]
         result, _ = engine.update(list(zip(parts, given, strict=True)), 1e-3, LANES * STEPS)
         twice.append({"loss": result.loss, "weights": weights_of(engine)})
-    return {"losses": losses, "applied": applied, "weights": weights, "twice": twice} | counts
+    return twice
 
 
 def weights_of(engine: Engine) -> dict[str, str]:
@@ -163,7 +171,9 @@ def run_kept(device: torch.device, precision: str, recompute: int, lanes: int) -
 def main(cases: list[str]) -> None:
     torch.set_num_threads(1)
     world = join(60)
-    for case in cases:
+    gc.freeze()  # each engine's start collects garbage, and would go through all that was imported
+    for asked in cases:
+        case = asked.removesuffix("!")
         numbers, _, family = case.partition("@")
         stage, precision, recompute, groups, *variant = numbers.split(":")
         try:
@@ -174,7 +184,7 @@ def main(cases: list[str]) -> None:
             elif stage == "sample":
                 found = run_sample(world.device, precision, int(groups))
             else:
-                found = run(world, int(stage), precision, recompute, int(groups), family, *variant)
+                found = run(world, asked != case, int(stage), precision, recompute, int(groups), family, *variant)
         except Exception:
             found = {"error": traceback.format_exc()}
         print(json.dumps({"case": case} | found), flush=True)
