@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gptb_ds import extension_builds
@@ -55,8 +57,12 @@ def begin_endless_build(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
+    compilers = psutil.Process(process.pid).children(recursive=True)  # ninja gives each a process group of its own
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    for compiler in compilers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            compiler.kill()
 
 
 def build_here(folder: Path) -> int:
