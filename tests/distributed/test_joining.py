@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from gptb_ds.distributed.join import find_rank
+from tests.harness.training import launch
 
 PLACE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
 
-def train_as(place: dict[str, str], tmp_path: Path, timeout: float) -> subprocess.CompletedProcess[str]:
-    """One rank of a job whose other rank never comes."""
-    command = [sys.executable, "-m", "gptb_ds", "train", "--data.path", "nowhere", "--run.dir", str(tmp_path / "run")]
+def train_as(place: dict[str, str], tmp_path: Path) -> tuple[int, str]:
+    """One rank of a job whose other rank never comes: its exit code, and what it prints."""
     # With hang_seconds 300 the rendezvous itself would wait for ten minutes.
-    command += ["--data.lanes", "2", "--train.updates", "200", "--run.hang_seconds", "300"]
-    env = {name: value for name, value in os.environ.items() if name not in PLACE} | place
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+    options = {"data.path": "nowhere", "run.dir": tmp_path / "run", "data.lanes": 2, "train.updates": 200}
+    args = ["train", *(f"--{key}={value}" for key, value in options.items()), "--run.hang_seconds=300"]
+    job = launch(args, 1, tmp_path / "said", fault=functools.partial(be_at, place))
+    (code,) = job.wait(120)
+    return code, job.text()
+
+
+def be_at(place: dict[str, str], rank: int) -> None:
+    os.environ |= place
 
 
 @pytest.mark.slow
 def test_an_unknown_address_is_said_at_once(tmp_path: Path):
-    done = train_as(PLACE | {"MASTER_ADDR": "no-such-host.invalid", "RANK": "1"}, tmp_path, timeout=120)
-    (line,) = done.stderr.strip().splitlines()
+    code, said = train_as(PLACE | {"MASTER_ADDR": "no-such-host.invalid", "RANK": "1"}, tmp_path)
+    (line,) = said.strip().splitlines()
     assert line.startswith("[rank 1 on ") and "MASTER_ADDR=no-such-host.invalid" in line
     assert "give the host or address of rank 0" in line
-    assert done.returncode == (2 if unknown("no-such-host.invalid") else 1)
+    assert code == (2 if unknown("no-such-host.invalid") else 1)
     assert not (tmp_path / "run").exists()
 
 
@@ -49,11 +54,11 @@ def test_a_taken_port_is_said_at_once(tmp_path: Path):
         other.bind(("0.0.0.0", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        done = train_as(PLACE | {"MASTER_PORT": port}, tmp_path, timeout=120)
+        code, said = train_as(PLACE | {"MASTER_PORT": port}, tmp_path)
 
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith(("[rank", "gptb-ds"))]
+    (line,) = [line for line in said.splitlines() if line.startswith(("[rank", "gptb-ds"))]
     assert line.startswith("[rank 0 on ") and f"MASTER_PORT={port}: another program listens there" in line
-    assert "Traceback" not in done.stderr and done.returncode == 1
+    assert "Traceback" not in said and code == 1
 
 
 @pytest.mark.parametrize(

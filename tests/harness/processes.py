@@ -8,10 +8,13 @@ import os
 import pickle
 import queue
 import random
+import runpy
 import socket
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -59,6 +62,33 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     """The variables of torch's rendezvous for a rank on this host."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return {key: str(value) for key, value in names.items()}
+
+
+def run_script(script: Path, arguments: Sequence[str], output: Path, timeout: float = PATIENCE) -> int:
+    """The exit code of `python SCRIPT ARGUMENTS...` with the slow imports done; all that it prints goes to `output`."""
+    process = FORKSERVER.Process(target=_script, args=(str(script), list(arguments), output))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError(f"{script} still ran after {timeout} s:\n{output.read_text()}")
+    return process.exitcode
+
+
+def _script(script: str, arguments: list[str], output: Path) -> None:
+    print_to(output)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+def print_to(output: Path) -> None:
+    """From now on this process prints to that file."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = PATIENCE) -> list[Any]:

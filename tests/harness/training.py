@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptb_ds.training.metrics import SPEEDS
-from tests.harness.processes import FORKSERVER, PATIENCE, free_port, rank_environment, wait_until
+from tests.harness.processes import FORKSERVER, PATIENCE, free_port, print_to, rank_environment, wait_until
 
 # What runs in a rank before its command: see `faults`.
 Fault = Callable[[int], None]
@@ -114,11 +114,7 @@ def launch(args: list[str], ranks: int, output: Path, fault: Fault | None = None
 
 
 def _rank(args: list[str], rank: int, ranks: int, port: int, output: Path, fault: Fault | None) -> None:
-    with output.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
+    print_to(output)
     if ranks > 1:
         os.environ |= rank_environment(rank, ranks, port)
     import torch

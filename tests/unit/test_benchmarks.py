@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.harness.processes import run_script
 from tests.harness.stores import numbered_documents, write_store
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -70,7 +69,6 @@ def test_benchmark_runs(name: str, tmp_path: Path) -> None:
     arguments = list(SMALL[name])
     if name in ("bench_collator", "bench_resets"):
         arguments += ["--store", str(write_store(tmp_path, numbered_documents([50] * 40)))]
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"\dx\b|\d x |x\d|times as fast", done.stdout), "a ratio"
+    said = tmp_path / "said"
+    assert run_script(BENCHMARKS / f"{name}.py", arguments, said) == 0, said.read_text()
+    assert re.search(r"\dx\b|\d x |x\d|times as fast", said.read_text()), "a ratio"
