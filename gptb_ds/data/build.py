@@ -251,5 +251,8 @@ def _say_surprises(tally: Tally, separator: str | None, say: Say) -> None:
     if tally.doubtful_rows:
         many = f"{len(tally.doubtful_rows):,} rows of tables, such as {tally.doubtful_rows[0]},"
         say(f"warning: {many} span lines that look like rows; if a quotation mark is stray there, double it")
+    if tally.headers_again:
+        many = f"{len(tally.headers_again):,} rows of tables, such as {tally.headers_again[0]},"
+        say(f"warning: {many} repeat the header and are left out")
     if tally.rows_over_lines:
         say(f"{tally.rows_over_lines:,} rows of tables hold values that span lines")

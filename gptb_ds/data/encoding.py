@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gptb_ds.data import tokenization
+from gptb_ds.data.formats import listed
+from gptb_ds.data.json_values import Repeated, decode
 from gptb_ds.data.readers import Record
 
 Fielded = Mapping[str, object]  # a record's fields by name
@@ -180,12 +182,9 @@ def _parse(raw: bytes, where: str, fields: Fields) -> Fielded:
         raise ValueError(f"{where}: broken JSON line ({error.msg} at character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets in brackets
         raise ValueError(f"{where}: broken JSON line ({error})") from None
-    checked = _checked(record, where)
-    for name in fields.names():
-        # A second '"text"' is nearly always a value, or deeper inside; json itself takes the last of several keys.
-        if text.count(f'"{name}"') > 1 and [key for key, _ in json.loads(text, object_pairs_hook=list)].count(name) > 1:
-            raise ValueError(f"{where}: the field '{name}' is there more than once")
-    return checked
+    if any(text.count(f'"{name}"') > 1 for name in fields.names()):
+        record, _ = decode(text.strip(), 0, fields.names())
+    return _checked(record, where)
 
 
 def _checked(record: object, where: str) -> Fielded:
@@ -196,8 +195,10 @@ def _checked(record: object, where: str) -> Fielded:
 
 def _understand(record: Fielded, where: str, fields: Fields) -> Document:
     for name in fields.names():
+        if isinstance(record.get(name), Repeated):
+            raise ValueError(f"{where}: the field '{name}' is there more than once")
         if record.get(name) is None:
-            has = ", ".join(str(key) for key, value in record.items() if value is not None) or "none"
+            has = listed(key for key, value in record.items() if value is not None) or "none"
             raise ValueError(f"{where}: no field '{name}' (it has {has}); name the field with its option")
     if fields.ids:
         return _token_document(record, where, fields)

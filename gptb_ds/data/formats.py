@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import bz2
-import gzip
 import io
 import json
 import lzma
 import tarfile
+import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
+
+from gptb_ds.data.packed_members import Decompressor, Members
 
 Kind = Literal["text", "json", "table", "parquet", "arrow"]
 KIND_NAMES: dict[Kind, str] = {
@@ -43,6 +46,8 @@ _HEAD = 1 << 16
 _UNPACK = "unpack it first"
 _CONVERT = "convert it to text first"
 _REFUSED: list[tuple[bytes, str, str]] = [
+    (b"PARE", "an encrypted Parquet file", "decrypt it first"),
+    (b"\x89LZO\x00", "lzop-compressed", f"{_UNPACK} (lzop -d)"),
     (b"PK\x03\x04", "a zip archive or office document", f"{_UNPACK} (unzip), or {_CONVERT}"),
     (b"PK\x05\x06", "an empty zip archive", "leave it out"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", f"{_UNPACK} (7z x)"),
@@ -102,8 +107,9 @@ def identify(file: Path) -> Format:
     try:
         head = _head(file, None)
         packing = _packing(head)
-        if named_packing and packing != named_packing and head:
-            return Format(kind, problem=f"cannot be read (it holds no {named_packing} data)")
+        if named_packing and not packing and head:
+            what = f"it holds no {named_packing} data; where it is not compressed, take {suffixes[-1]} off its name"
+            return Format(kind, problem=f"cannot be read ({what})")
         if packing:
             head = _head(file, packing)
     except reading_errors() as error:
@@ -119,7 +125,7 @@ def _of_content(head: bytes, suffix: str, kind: Kind, packing: str | None) -> Fo
         return Format(kind, packing, f"{packed}: {_UNPACK} (tar -xf)")
     if head[:5] == b"07070" and all(byte in b"0123456789abcdefABCDEF" for byte in head[:110]) and len(head) > 110:
         return Format(kind, packing, f"a cpio archive: {_UNPACK} (cpio -i)")
-    if kind == "parquet" and head and not head.startswith(b"PAR1"):
+    if kind == "parquet" and head and not head.startswith((b"PAR1", b"PARE")):
         return Format(kind, packing, "cannot be read (it does not begin as a Parquet file does)")
     for start, what, remedy in _REFUSED:
         if head.startswith(start):
@@ -131,7 +137,7 @@ def _of_content(head: bytes, suffix: str, kind: Kind, packing: str | None) -> Fo
             return Format(named, packing, problem)
     if kind == "arrow":
         return Format(kind, packing, f"unpack it first, {kind} files are compressed inside" if packing else None)
-    if len(head) >= 64 and head.count(0) > len(head) // 10:
+    if head.count(0) > len(head) // 10:
         return Format(kind, packing, "not text (every tenth byte is 0): leave it out, or convert it to UTF-8 text")
     if kind == "text" and _holds_json(head):
         # A name without an ending says nothing; one that ends in .txt or .md says text.
@@ -139,28 +145,29 @@ def _of_content(head: bytes, suffix: str, kind: Kind, packing: str | None) -> Fo
     return Format(kind, packing)
 
 
+def _decompressors(packing: str) -> Callable[[], Decompressor]:
+    """What makes a decompressor for each member of a file."""
+    if packing == "gzip":
+        return lambda: zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    if packing == "bzip2":
+        return bz2.BZ2Decompressor
+    if packing == "xz":
+        return lzma.LZMADecompressor
+    import zstandard
+
+    # The library refuses windows above 128 MiB (zstd --long=28 and more) unless it is told that they may be.
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+
+
 def unpacked(file: Path, packing: str | None) -> IO[bytes]:
     """The file's content, read through the decompression of `packing`: all members or frames one after another."""
-    if packing == "gzip":
-        return io.BufferedReader(gzip.GzipFile(file, "rb"), 1 << 20)
-    if packing == "bzip2":
-        return io.BufferedReader(bz2.BZ2File(file, "rb"), 1 << 20)
-    if packing == "xz":
-        return io.BufferedReader(lzma.LZMAFile(file, "rb"), 1 << 20)
-    if packing == "zstd":
-        import zstandard
-
-        # The library refuses windows above 128 MiB (zstd --long=28 and more) unless it is told that they may be.
-        decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        reader = decompressor.stream_reader(file.open("rb"), read_across_frames=True, closefd=True)
-        return io.BufferedReader(reader, 1 << 20)
+    if packing:
+        return io.BufferedReader(Members(file.open("rb"), _decompressors(packing)), 1 << 20)
     return file.open("rb")
 
 
 def reading_errors() -> tuple[type[Exception], ...]:
     """What opening and reading a file can raise, whatever its format."""
-    import zlib
-
     import zstandard
 
     return (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
@@ -171,6 +178,17 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names of fields for one line: the first of many, with what can't be printed as escapes."""
+    found = [str(name) for name in names]
+    shown = [_printable(name) if len(name) <= 80 else f"{_printable(name[:80])}.." for name in found[:20]]
+    return ", ".join(shown) + (f" and {len(found) - 20:,} more" if len(found) > 20 else "")
+
+
+def _printable(text: str) -> str:
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _head(file: Path, packing: str | None) -> bytes:

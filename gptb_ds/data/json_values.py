@@ -5,18 +5,37 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections.abc import Iterable, Sequence
 from typing import IO
 
 _CHUNK = 1 << 20  # bytes
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+class Repeated:
+    """Stands for the values of a key that an object has more than once: which of them is meant nobody can tell."""
+
+
+def decode(text: str, at: int, keys: Iterable[str]) -> tuple[object, int]:
+    """The JSON value that begins at `at`, and where it ends. One of `keys` twice in an object is `Repeated` there."""
+    value, end = json.JSONDecoder().raw_decode(text, at)
+    # The second of two is nearly always a value, or in another object; json itself takes the last of several.
+    if any(text.count(f'"{key}"', at, end) > 1 for key in keys):
+
+        def marked(pairs: list[tuple[str, object]]) -> dict[str, object]:
+            names = [name for name, _ in pairs]
+            return dict(pairs) | {key: Repeated() for key in keys if names.count(key) > 1}
+
+        value, end = json.JSONDecoder(object_pairs_hook=marked).raw_decode(text, at)
+    return value, end
+
+
 class JsonValues:
     """Reads the values of a text in UTF-8 and the signs between them. Raises ValueError for what is no JSON."""
 
-    def __init__(self, begun: bytes, stream: IO[bytes]) -> None:
-        """`begun` was read from the stream already."""
-        self._begun, self._stream = begun, stream
+    def __init__(self, begun: bytes, stream: IO[bytes], keys: Sequence[str]) -> None:
+        """`begun` was read from the stream already. `keys`: those of which an object may have only one."""
+        self._begun, self._stream, self._keys = begun, stream, keys
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._text, self._at, self._ended = "", 0, False
         self._lines, self._before = 0, 0  # lines before the text, and characters of its first line
@@ -25,7 +44,7 @@ class JsonValues:
         """The next value and how many characters it has."""
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self._text, self._at)
+                value, end = decode(self._text, self._at, self._keys)
             except json.JSONDecodeError as error:
                 if self._ended or not unfinished(error):
                     raise self._error(error.msg, error.pos) from None

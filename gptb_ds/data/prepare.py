@@ -166,6 +166,8 @@ def _check_place(out: Path, names: Sequence[str], sources: list[Source]) -> None
             raise ValueError(
                 f"--out {shown(out)}: has files that --source names, such as {shown(file)}; choose another"
             )
+    if out.is_symlink() and not out.exists():
+        raise ValueError(f"--out {shown(out)}: a link that leads nowhere; remove it, or make the folder that it names")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):

@@ -14,8 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, TypeAlias, cast
 
-from gptb_ds.data.formats import KIND_NAMES, TABLE_DELIMITERS, Format, identify, reading_errors, reason, unpacked
-from gptb_ds.data.json_values import JsonValues, unfinished
+from gptb_ds.data.formats import (
+    KIND_NAMES,
+    TABLE_DELIMITERS,
+    Format,
+    identify,
+    listed,
+    reading_errors,
+    reason,
+    unpacked,
+)
+from gptb_ds.data.json_values import JsonValues, decode, unfinished
 from gptb_ds.data.sources import Reading, Source, shown
 from gptb_ds.data.tables import find_dialect, lines_of, read_rows
 
@@ -57,6 +66,7 @@ class Tally:
     json_as_text: list[str] = field(default_factory=list)
     with_nul: list[str] = field(default_factory=list)  # text files that hold bytes of 0
     rows_over_lines: int = 0
+    headers_again: list[str] = field(default_factory=list)  # rows that repeat their table's header
     doubtful_rows: list[str] = field(default_factory=list)  # rows over lines that may be several rows
     described: list[str] = field(default_factory=list)  # files about a data set, such as its README
 
@@ -189,6 +199,8 @@ class Records:
                 if error := _twice(where, self.fields, names):
                     yield Record(where, "fields", None, error=error)
                     return
+            elif row.values == names and len(names) > 1:
+                self.tally.headers_again.append(where)
             elif len(row.values) > len(names):
                 error = f"{where}: more values than the {len(names)} columns; quote what has a delimiter"
                 yield Record(where, "fields", None, error=error)
@@ -271,15 +283,38 @@ def _rows_of(batches: Iterable[pyarrow.RecordBatch | pyarrow.Table], name: str) 
         size = max(1, min(1024, _ROWS_BYTES * batch.num_rows // max(1, batch.nbytes)))
         for first in range(0, batch.num_rows, size):
             part = batch.slice(first, size)
-            for record in part.to_pylist():
+            for record in _values_of(part):
                 yield Record(f"{name} row {number}", "fields", record, part.nbytes // part.num_rows)
                 number += 1
+
+
+def _values_of(batch: pyarrow.RecordBatch | pyarrow.Table) -> list[dict[str, object]]:
+    """The rows of a batch. Bytes that are not UTF-8 pass as lone surrogates, which are an error of their own row."""
+    import pyarrow
+
+    try:
+        rows: list[dict[str, object]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        # Writers of other languages store any bytes in a column of text, and pyarrow converts all of them or none.
+        is_text = [pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) for kind in batch.schema.types]
+        columns = [
+            column.cast(pyarrow.large_binary()) if text else column
+            for column, text in zip(batch.columns, is_text, strict=True)
+        ]
+        rows = [
+            {
+                name: value.decode(errors="surrogateescape") if isinstance(value, bytes) and text else value
+                for name, value, text in zip(batch.schema.names, row, is_text, strict=True)
+            }
+            for row in zip(*(column.to_pylist() for column in columns), strict=True)
+        ]
+    return rows
 
 
 def _lacking(name: str, fields: list[str], has: list[str]) -> str | None:
     missing = next((wanted for wanted in fields if wanted not in has), None)
     if missing is not None:
-        return f"{name}: no field '{missing}'; its fields are {', '.join(has)}"
+        return f"{name}: no field '{missing}'; its fields are {listed(has) or 'none'}"
     return _twice(name, fields, has)
 
 
@@ -317,12 +352,16 @@ def _open_data_set(source: Source, reading: Reading, fields: list[str], cache: P
         if isinstance(cause, OSError) and cause.errno in NO_ROOM:
             raise cause from None
         hint = "" if source.files else "no such file or folder, and as a data set of the hub it "
-        raise ValueError(f"{name}: {hint}cannot be read ({reason(cause)})") from None
+        file = getattr(cause, "filename", None)
+        which = f"{shown(file)}: " if isinstance(file, str) and file else ""
+        raise ValueError(f"{name}: {hint}cannot be read ({which}{reason(cause)})") from None
     if isinstance(data, dict):
         wanted = reading.split or "train"
         if wanted not in data:
             raise ValueError(f"{name}: no split '{wanted}'; choose --split out of {', '.join(data)}")
         data = data[wanted]
+    elif source.kind == "saved" and reading.split not in (None, str(data.split or "train")):
+        raise ValueError(f"{name}: has no split '{reading.split}', it is a single data set; leave --split out")
     has = getattr(data, "column_names", None)
     if has is not None and (error_line := _lacking(name, fields, has)):
         raise ValueError(error_line)
@@ -340,16 +379,16 @@ def read_json(stream: IO[bytes], name: str, fields: list[str]) -> Iterator[Recor
         number, first = number + 1, stream.readline(_CHUNK)
     begun = first.removeprefix(codecs.BOM_UTF8).lstrip()
     if begun.startswith(b"["):
-        yield from _read_elements(JsonValues(begun, stream), name)
+        yield from _read_elements(JsonValues(begun, stream, fields), name)
         return
     if len(first) == _CHUNK:
         begun += stream.readline()
     if begun.startswith(b"{"):
-        whole = _whole_object(begun)
+        whole = _whole_object(begun, fields)
         if whole is None:  # broken, or over several lines
             begun, is_object = _begin_of_object(begun, stream)
             if is_object:
-                yield from _read_values(JsonValues(begun, stream), name, fields)
+                yield from _read_values(JsonValues(begun, stream, fields), name, fields)
                 return
             begun += stream.readline()
         elif not all(field in whole for field in fields) or isinstance(whole[fields[0]], list):
@@ -363,10 +402,10 @@ def read_json(stream: IO[bytes], name: str, fields: list[str]) -> Iterator[Recor
             yield Record(f"{name}:{at}", "json", line, len(line))
 
 
-def _whole_object(text: bytes) -> dict[str, object] | None:
+def _whole_object(text: bytes, fields: list[str]) -> dict[str, object] | None:
     """The JSON object that the text begins with, if it is whole."""
     try:
-        value, _ = json.JSONDecoder().raw_decode(text.decode(errors="ignore"))
+        value, _ = decode(text.decode(errors="ignore"), 0, fields)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 END = "<|endoftext|>"
 _LONGEST_WORD = 64  # bytes
+_LARGEST_BPE = 1 << 20  # tokens; the library sets memory aside for all of them, and ends the process without it
 _AT_ONCE = 4 * LONGEST  # characters that are tokenised at once
 
 
@@ -36,11 +37,17 @@ def load(spec: str, texts: Iterator[str]) -> Tokenizer:
     folder = Path(spec)
     if (folder / "store.json").is_file():
         folder = folder / "tokenizer"
+        if not folder.is_dir():
+            raise ValueError(f"--tokenizer {folder}: this folder of the store is missing; prepare the store again")
+    if folder.is_file():
+        raise ValueError(f"--tokenizer {spec}: is a file; give the folder that it is in, {folder.parent}")
+    if folder.is_absolute() and not folder.exists():
+        raise ValueError(f"--tokenizer {spec}: no such folder")
     try:
         return load_folder(folder) if folder.is_dir() else AutoTokenizer.from_pretrained(spec)
     except UnreadableTokenizerError as error:
         raise ValueError(f"--tokenizer {error}") from None
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers and tokenizers raise what comes
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"--tokenizer {spec}: no such tokenizer ({lines[0]}); give bytes, bpe:SIZE, a folder or a hub name"
@@ -64,8 +71,7 @@ def load_folder(folder: Path) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UnreadableTokenizerError(f"{folder}: its tokenizer cannot be read ({said})") from None
+        raise UnreadableTokenizerError(f"{folder}: its tokenizer cannot be read ({_said(error)})") from None
     except Exception as error:  # the library tokenizers raises nothing more special
         import tokenizers
 
@@ -73,10 +79,17 @@ def load_folder(folder: Path) -> Tokenizer:
             f"{folder}/tokenizer.json: cannot be read by tokenizers {tokenizers.__version__}; made by a newer version,"
             f" or damaged ({' '.join(str(error).split())[:120]}); pip install -U tokenizers transformers"
         ) from None
-    knows_nothing = not any(tokenizer.encode(text, add_special_tokens=False) for text in ("a", "the", "1"))
+    try:
+        knows_nothing = not any(tokenizer.encode(text, add_special_tokens=False) for text in ("a", "the", "1"))
+    except Exception as error:  # a vocabulary without the token for what is unknown, for example
+        raise UnreadableTokenizerError(f"{folder}: its tokenizer fails on plain text ({_said(error)})") from None
     if knows_nothing and tokenizer.eos_token_id is not None:
         raise ValueError(f"{folder} holds a tokenizer that makes no tokens of text; its vocabulary is missing")
     return tokenizer
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _is_of_tokenizer(name: str) -> bool:
@@ -90,10 +103,14 @@ def needs_no_files(spec: str) -> bool:
 
 
 def check_spec(spec: str) -> None:
-    """Raises ValueError when a BPE's size is not usable, before any work is done."""
-    if spec.startswith("bpe:") and (not spec[4:].isdigit() or int(spec[4:]) < 257):
+    """Raises ValueError when a name is empty or a BPE's size is not usable, before any work is done."""
+    if not spec.strip():
+        raise ValueError("--tokenizer '': is empty (a variable that is not set?); give bytes, bpe:SIZE or a folder")
+    size = spec.removeprefix("bpe:")
+    if size != spec and not (size.isdecimal() and len(size) < 10 and 257 <= int(size) <= _LARGEST_BPE):
         raise ValueError(
-            f"--tokenizer {spec}: the size must be a number of at least 257 (256 bytes and the end of text)"
+            f"--tokenizer {spec}: the size must be a number of at least 257 (256 bytes and the end of text) and at most"
+            f" {_LARGEST_BPE:,}"
         )
 
 
@@ -257,15 +274,22 @@ def _groups(numbered: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str
 
 
 def _call(tokenizer: Tokenizer, texts: list[str], **options: bool) -> BatchEncoding:
-    found: BatchEncoding = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-        **options,
-    )
+    try:
+        found: BatchEncoding = tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **options,
+        )
+    except Exception as error:
+        if type(error) is not Exception:  # all that the library tokenizers raises
+            raise
+        raise ValueError(
+            f"--tokenizer {tokenizer.name_or_path}: fails on a text ({_said(error)}); give another one"
+        ) from None
     return found
 
 
