@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedConfig, PreTrainedTokenizerBase
@@ -78,8 +77,8 @@ def export(options: ExportOptions) -> Path:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
     eot_id = config.eos_token_id
-    generation: Any = GenerationConfig(bos_token_id=eot_id, eos_token_id=eot_id, pad_token_id=tokenizer.pad_token_id)
-    model.generation_config = generation
+    ids = {"bos_token_id": eot_id, "eos_token_id": eot_id, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(**ids)
     with _whole_or_not_at_all(out) as folder, quiet_loading():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -7,11 +7,11 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import GPT2Config, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GPT2Config, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
@@ -120,14 +120,15 @@ def _load_export(folder: Path) -> tuple[WindowModel, PreTrainedTokenizerBase]:
     config = _read_configuration(folder)
     _check_weights(folder, config)
     tokenizer = _read_tokenizer(folder, config)
-    kind: Any = model_class(config)
+    kind = cast(type[PreTrainedModel], model_class(config))
     try:
         with quiet_loading():
-            model: WindowModel = kind.from_pretrained(
+            loaded = kind.from_pretrained(
                 folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
             )
     except Exception as error:  # of many classes, such as ImportError
         raise ValueError(f"{folder}: cannot be loaded: {one_line(error)}") from None
+    model = cast(WindowModel, loaded)
     check_finite(str(folder), model)
     return model.eval(), tokenizer
 
@@ -175,7 +176,9 @@ def _read_configuration(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{path}: cannot be read: {one_line(error)}") from None
     if values.get("quantization_config"):
         raise ValueError(f"{path}: its weights are quantised, which is not read; save them as float32 or bfloat16")
-    kinds: dict[str, Any] = {each.model_type: each for each in (GPTBConfig, GPTBDecoderConfig, LSTMConfig)}
+    kinds: dict[str, type[PreTrainedConfig]] = {
+        each.model_type: each for each in (GPTBConfig, GPTBDecoderConfig, LSTMConfig)
+    }
     if "carried_tokens" in values:
         kinds[GPT2Config.model_type] = GPT2Config
     if kind not in kinds:
@@ -193,7 +196,7 @@ def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
     """Raises ValueError, in one line, unless the export's tensors are exactly those of the model."""
     try:
         with torch.device("meta"):
-            model: Any = new_model(config)
+            model = cast(PreTrainedModel, new_model(config))
     except Exception as error:  # whatever a wrong value leads to: KeyError for an activation that there is not
         raise ValueError(f"{folder}/config.json: makes no model: {one_line(error)}") from None
     # A tied head is in the model twice, but a parameter once; the file may have it or not.

@@ -9,7 +9,7 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,7 @@ class CollectiveMeter:
         self._world, self.timed = world, timed
         self._inside = threading.local()
         self._barrier = dist.barrier
-        self._replaced: dict[str, Callable[..., Any]] = {}
+        self._replaced: dict[str, Callable[..., object]] = {}
 
     def install(self) -> CollectiveMeter:
         """Puts itself before torch.distributed's functions. DeepSpeed keeps some of them from when it is set up."""
@@ -56,9 +56,9 @@ class CollectiveMeter:
         for name, function in self._replaced.items():
             setattr(dist, name, function)
 
-    def _metered(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _metered(self, name: str, function: Callable[..., object]) -> Callable[..., object]:
         @functools.wraps(function)
-        def call(*args: Any, **options: Any) -> Any:
+        def call(*args: object, **options: object) -> object:
             if getattr(self._inside, "busy", False):  # one collective of torch's that is made of others
                 return function(*args, **options)
             tally = self.tallies.setdefault(name, Tally())
@@ -73,19 +73,20 @@ class CollectiveMeter:
         return call
 
     def _timed_call(
-        self, name: str, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
-    ) -> Any:
+        self, name: str, function: Callable[..., object], args: tuple[object, ...], options: dict[str, object]
+    ) -> object:
+        group = cast("dist.ProcessGroup | None", options.get("group"))
         with phase(WAITS):
-            if name not in _POINT_TO_POINT and dist.get_world_size(options.get("group")) == self._world.size > 1:
+            if name not in _POINT_TO_POINT and dist.get_world_size(group) == self._world.size > 1:
                 self._barrier(group=self._world.control)
         with phase(WAITS if name == "barrier" else COMMUNICATION):
             work = function(*args, **options)
-            if options.get("async_op") and work is not None:
+            if isinstance(work, dist.Work):  # with `async_op`
                 work.wait()
         return work
 
 
-def _bytes_of(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> int:
+def _bytes_of(name: str, args: tuple[object, ...], options: dict[str, object]) -> int:
     """Of the largest tensor: a gather's result, a scatter's source, what is reduced or sent."""
     if name not in (*_TENSORS, "all_to_all_single", "send", "recv"):
         return 0

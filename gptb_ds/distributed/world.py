@@ -63,7 +63,7 @@ class World:
     def on_rank0(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`function(...)` run on rank 0 alone; its result on all ranks, or the OSError or ValueError that it raised.
 
-        Any other exception is a fault of ours: rank 0 raises it, and the others lose contact when it ends.
+        Another exception is a fault of ours: rank 0 raises it, and the others lose contact when it ends.
         """
         outcome: _Outcome[T] = _run(function, *args, **kwargs) if self.rank == 0 else _Outcome()
         outcome = self.broadcast(outcome)

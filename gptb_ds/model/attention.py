@@ -6,7 +6,7 @@ Axes: B lanes, H heads, S slots, D width of a head.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,14 +27,14 @@ def slot_attention(
     key_BHSD: torch.Tensor,
     value_BHSD: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention interface: plain matrix products on a CPU, PyTorch's fused kernel elsewhere.
 
     Over a few slots the products win on a CPU (tests/benchmarks/bench_step.py); on a GPU one launch beats six. The
     products are those of the module's own family: each file of transformers has its `eager_attention_forward`.
     """
-    attend: Any = sdpa_attention_forward
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = sdpa_attention_forward
     if query_BHSD.device.type == "cpu":
         attend = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
     few = query_BHSD.device.type == "cuda" and query_BHSD.shape[2] <= FEW_SLOTS

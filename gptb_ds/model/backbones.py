@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import (
@@ -80,9 +81,10 @@ def named_backbone(name: str, sizes: dict[str, int], *, dropout: float, **values
     """
     if not is_family(name):
         raise UnsuitableError(_no_such(name))
-    kind: Any = CONFIG_MAPPING[name]
+    kind = CONFIG_MAPPING[name]
+    make: Callable[..., PreTrainedConfig] = kind
     try:
-        usual = kind()
+        usual = make()
     except Exception as error:  # transformers has classes of its own for what its checks refuse
         raise UnsuitableError(f"backbone {name}: it can't be had by its name alone ({_one_line(error)})") from None
     check_architecture(usual, name)
@@ -107,10 +109,9 @@ def named_backbone(name: str, sizes: dict[str, int], *, dropout: float, **values
     tokens = {key: None for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     wanted = tokens | {key: value for key, value in given.items() if key in known} | dropouts | values
     try:
-        found: PreTrainedConfig = kind(**{kind.attribute_map.get(key, key): value for key, value in wanted.items()})
+        return make(**{kind.attribute_map.get(key, key): value for key, value in wanted.items()})
     except Exception as error:  # transformers has classes of its own for what its checks refuse
         raise UnsuitableError(f"backbone {name}: {_one_line(error)}") from None
-    return found
 
 
 def build_decoder(config: GPTBDecoderConfig) -> GPTBDecoderLMHeadModel:
@@ -248,7 +249,7 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _sliding_window(config: Any) -> int | None:
+def _sliding_window(config: PreTrainedConfig) -> int | None:
     if not getattr(config, "use_sliding_window", True):
         return None
     sizes = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]

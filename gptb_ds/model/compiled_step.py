@@ -8,9 +8,9 @@ Axes: B lanes, S slots, E embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -18,14 +18,16 @@ from torch import nn
 from .gradient_sums import Fp32GradientSums
 
 Step = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+# A name, or what makes a callable of a graph and its example inputs.
+Backend = str | Callable[..., Callable[..., object]]
 
 
 class CompiledStep:
     """A step as `torch.compile` makes it, and what it needs around it."""
 
-    def __init__(self, step: Step, **options: Any) -> None:
-        """`options` are those of `torch.compile`. A new number of lanes is compiled anew, for its own shapes."""
-        self._step: Step = torch.compile(step, **({"dynamic": False} | options))
+    def __init__(self, step: Step, backend: Backend = "inductor") -> None:
+        """`backend` is one of `torch.compile`'s. A new number of lanes is compiled anew, for its own shapes."""
+        self._step: Step = torch.compile(step, dynamic=False, backend=backend)
 
     def enter(self, state_BSE: torch.Tensor, carries_view: bool) -> torch.Tensor:
         """The state that a window begins with, as a step hands it on: of the same strides, and with a gradient.
@@ -39,7 +41,7 @@ class CompiledStep:
             state_BSE = state_BSE.contiguous()
         return state_BSE if state_BSE.requires_grad else state_BSE.detach().requires_grad_()
 
-    def __call__(self, model: nn.Module, sums: Fp32GradientSums | None, *args: Any) -> tuple[torch.Tensor, ...]:
+    def __call__(self, model: nn.Module, sums: Fp32GradientSums | None, *args: object) -> tuple[torch.Tensor, ...]:
         """`step(model, *args)`. With `sums` the gradients of this step's use of the weights are added there."""
         # Without torch's function modes, such as `sums`: its bookkeeping in backward can't be compiled.
         with torch._C.DisableTorchFunction():
@@ -61,10 +63,10 @@ def _standing_in(model: nn.Module, sums: Fp32GradientSums) -> Iterator[None]:
         for name, parameter in module._parameters.items()
         if parameter is not None and parameter.requires_grad
     ]
-    uses: Sequence[Any] = sums.uses([parameter for _, _, parameter in places])
+    uses = sums.uses([parameter for _, _, parameter in places])
     try:
         for (held, name, _), use in zip(places, uses, strict=True):
-            held[name] = use
+            held[name] = cast(nn.Parameter, use)
         yield
     finally:
         for held, name, parameter in places:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from typing import Any
 
 from transformers import GPT2Config, PreTrainedConfig
 
@@ -47,14 +46,14 @@ class GPTBConfig(GPT2Config):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, dropout: float | None = None, **kwargs: Any) -> None:
+    def __post_init__(self, dropout: float | None = None, **kwargs: object) -> None:
         if dropout is not None:
             self.resid_pdrop = self.embd_pdrop = self.attn_pdrop = dropout
         super().__post_init__(**kwargs)
         self.check()
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: dict[str, object], **kwargs: object) -> GPTBConfig:
         """As in transformers, but overrides take part in the checks: `from_pretrained(gpt2_folder, num_slots=4)`."""
         names = {field.name for field in dataclasses.fields(cls)} | {"dropout"}
         own = {key: kwargs.pop(key) for key in names & kwargs.keys()}

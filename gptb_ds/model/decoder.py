@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -106,6 +106,8 @@ class GPTBDecoderModel(SlotRecurrence, GPTBDecoderPreTrainedModel):
 class GPTBDecoderLMHeadModel(RecurrentLM, GPTBDecoderPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """`GPTBDecoderModel` with a linear head, tied to the token embedding unless `tie_word_embeddings=False`."""
 
+    transformer: GPTBDecoderModel
+
     def __init__(self, config: GPTBDecoderConfig) -> None:
         """Copies `config`. Raises ValueError for one that does not hold up."""
         transformer = GPTBDecoderModel(config)
@@ -130,7 +132,7 @@ AnyGPTB: TypeAlias = GPTBLMHeadModel | GPTBDecoderLMHeadModel
 def decoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """transformers' model without a head for a configuration; None when there is none."""
     try:
-        found: Any = MODEL_MAPPING[type(config)]
+        found = MODEL_MAPPING[type(config)]
     except KeyError:
         return None
     return found[0] if isinstance(found, tuple) else found
@@ -152,7 +154,7 @@ def _input_factor(backbone: PreTrainedModel) -> float:
     Gemma's embedding does it itself since transformers 5.4 (GemmaTextScaledWordEmbedding in modeling_gemma.py); before
     that, the forward did, whatever it was given.
     """
-    config: Any = backbone.config
+    config = backbone.config
     if config.model_type in ("gemma", "gemma2") and not hasattr(backbone.get_input_embeddings(), "embed_scale"):
         return float(config.hidden_size**0.5)
     return float(getattr(config, "embedding_multiplier", None) or 1.0)

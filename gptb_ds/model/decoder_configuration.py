@@ -38,7 +38,7 @@ class GPTBDecoderConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         if isinstance(self.backbone_config, dict):
             values = dict(self.backbone_config)
             self.backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)

@@ -16,6 +16,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2PreTrainedMode
 
 from .attention import NAME as SLOT_ATTENTION
 from .cache import GPTBCache
+from .compiled_step import Backend
 from .configuration import GPTBConfig, as_gptb_config
 from .gradient_sums import Fp32GradientSums
 from .input_checks import check_generate, check_labels, check_logits_to_keep
@@ -103,7 +104,7 @@ class RecurrentLM(WindowModel):
     """
 
     config: Any
-    transformer: Any
+    transformer: SlotRecurrence
     lm_head: nn.Linear
     accepts_loss_kwargs = True  # for transformers' Trainer: forward takes num_items_in_batch
 
@@ -128,9 +129,9 @@ class RecurrentLM(WindowModel):
         """The last slot's outputs (K, B, E) and the new state; see `SlotRecurrence.unroll`."""
         return self.transformer.unroll(input_ids_KB, state, reset_KB, recompute_every, sums)
 
-    def compile_step(self, **kwargs: Any) -> None:
-        """Compiles one step of the recurrence with `torch.compile(**kwargs)`; see `SlotRecurrence.compile_step`."""
-        self.transformer.compile_step(**kwargs)
+    def compile_step(self, backend: Backend = "inductor") -> None:
+        """Compiles one step of the recurrence with this backend of `torch.compile`."""
+        self.transformer.compile_step(backend)
 
     def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits (..., V) of last-slot outputs (..., E)."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
 from .cache import GPTBCache
-from .compiled_step import CompiledStep
+from .compiled_step import Backend, CompiledStep
 from .gradient_sums import Fp32GradientSums, recomputed_in
 from .input_checks import (
     check_device,
@@ -280,9 +280,9 @@ class SlotRecurrence(nn.Module):
             embedded_KBE = part if ids_KB is None else self.embed(part)
             yield embedded_KBE.to(self.initial_embeds.dtype).unsqueeze(2).unbind(0)
 
-    def compile_step(self, **kwargs: Any) -> None:
-        """Compiles one step with `torch.compile(**kwargs)`: compiled once, called for every column."""
-        self._compiled_step = CompiledStep(type(self)._step, **kwargs)
+    def compile_step(self, backend: Backend = "inductor") -> None:
+        """Compiles one step with this backend of `torch.compile`: compiled once, called for every column."""
+        self._compiled_step = CompiledStep(type(self)._step, backend)
 
     def _steps(
         self,

@@ -6,10 +6,10 @@ Axes: B lanes, T tokens, E embedding.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, PreTrainedConfig, PreTrainedModel
 
 from .backbones import adapted_backbone, build_decoder
 from .configuration import as_gptb_config, inherited
@@ -18,6 +18,7 @@ from .decoder_configuration import GPTBDecoderConfig
 from .modeling import GPTBLMHeadModel
 
 Report = Callable[[str], None]
+Facts = dict[str, Collection[str]]  # what transformers says of a loading: names by what is the matter with them
 
 
 def _nobody(line: str) -> None:
@@ -57,11 +58,11 @@ def _from_gpt2(config: GPT2Config, source: GPT2Config, path: str, report: Report
     _check_shape(pairs, config.vocab_size, source.vocab_size, path)
     padding = source.vocab_size - config.vocab_size
     config.vocab_size = source.vocab_size
-    loaded: Any = GPTBLMHeadModel.from_pretrained(
+    loaded = GPTBLMHeadModel.from_pretrained(
         path, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
-    model: GPTBLMHeadModel = loaded[0]
-    new = sorted(loaded[1]["missing_keys"])
+    model, facts = cast("tuple[GPTBLMHeadModel, Facts]", loaded)
+    new = sorted(facts["missing_keys"])
     _begin_with_end_of_text(model, new)
     report(_line(model, path, new, padding))
     return model.train()
@@ -81,10 +82,11 @@ def _from_decoder(
     pairs = [(name, getattr(ours, name, None), getattr(theirs, name, None)) for name in names]
     _check_shape(pairs, config.vocab_size, theirs.vocab_size, path)
     padding = theirs.vocab_size - config.vocab_size
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
-    decoder, missing = loaded[0], set(loaded[1]["missing_keys"])
+    decoder, facts = cast("tuple[PreTrainedModel, Facts]", loaded)
+    missing = set(facts["missing_keys"])
     head = decoder.get_output_embeddings()
     config = config.own_copy()
     config.backbone_config = adapted_backbone(
@@ -119,7 +121,7 @@ def _from_decoder(
 
 
 @torch.no_grad()
-def _check_head(model: GPTBDecoderLMHeadModel, decoder: Any, path: str) -> None:
+def _check_head(model: GPTBDecoderLMHeadModel, decoder: PreTrainedModel, path: str) -> None:
     """One token through the decoder: what its head makes of the last hidden state must be what ours does."""
     if isinstance(decoder, GPTBDecoderLMHeadModel):
         return
@@ -132,7 +134,7 @@ def _check_head(model: GPTBDecoderLMHeadModel, decoder: Any, path: str) -> None:
         )
 
 
-def _check_shape(pairs: list[tuple[str, Any, Any]], vocabulary: int, there: int, path: str) -> None:
+def _check_shape(pairs: list[tuple[str, object, object]], vocabulary: int, there: int, path: str) -> None:
     wrong = [f"{key} {ours} (there: {theirs})" for key, ours, theirs in pairs if ours != theirs]
     if vocabulary > there:
         wrong.append(f"vocab_size {vocabulary} (there: {there})")

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -54,14 +54,14 @@ def compile_step(model: RecurrentLM, say: Callable[[str], None]) -> None:
     Should that fail, the line says so, and the step runs as it is.
     """
 
-    def compiled(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    def compiled(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
         from torch._inductor.compile_fx import compile_fx
 
         say("compiling the step, for up to a minute or two (later runs find it in torch's cache)")
         began = time.monotonic()
         try:
             with long_work("compiling the step"):
-                made = compile_fx(graph, inputs)
+                made = cast("Callable[..., object]", compile_fx(graph, inputs))
         except Exception as error:  # whatever a compiler does: training goes on without
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             say(f"the step can't be compiled, training goes on without: {reason}")

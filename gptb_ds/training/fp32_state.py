@@ -1,7 +1,7 @@
 """Weights and moments in their canonical form, and every private internal of DeepSpeed that this needs.
 
-The canonical form is a full float32 tensor for each parameter's name, for its weight and for each of its moments. Any
-ZeRO stage, precision and number of ranks can read what another has written.
+The canonical form is a full float32 tensor for each parameter's name, for its weight and for each of its moments. A
+run at another ZeRO stage, in another precision, on other ranks can read it.
 
 DeepSpeed keeps these tensors in places that differ by stage, and has no public way to all of them. Everything of its
 inside that we touch is named in this file and checked when the engine is built (`_INTERNALS`): DeepSpeed may rename it

@@ -252,9 +252,8 @@ class MuonWithAdamW(torch.optim.AdamW):
         key = tuple(piece.name for piece in pieces)
         if key not in self._known_spans:
             own = [(piece.start, piece.size) for piece in pieces]
-            everyone: list[Any] = [own]
+            everyone = [own] * world
             if world > 1:
-                everyone = [None] * world
                 dist.all_gather_object(everyone, own)
             self._known_spans[key] = [list(spans) for spans in zip(*everyone, strict=True)]
         return self._known_spans[key]

@@ -15,7 +15,7 @@ from gptb_ds.training.muon import MuonWithAdamW, matrices_of
 
 def parameter_groups(
     parameters: dict[str, nn.Parameter], optim: OptimConfig, matrices: Collection[str] = ()
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Groups for AdamW: matrices decay; vectors, embeddings of position and the initial state don't.
 
     `matrices` are the names that Muon takes: a group of their own, with `muon` on.
@@ -76,7 +76,7 @@ class Guarded(torch.optim.Optimizer):
     `was_step_applied` and `get_global_grad_norm` answer as they do at the other stages.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, clip: float, **options: Any) -> None:
+    def __init__(self, groups: list[dict[str, object]], *, clip: float, **options: Any) -> None:
         """`clip` is the largest global norm; 0: no clipping. `options` are those of the class that is guarded."""
         super().__init__(groups, **options)
         self._clip = clip

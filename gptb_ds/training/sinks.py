@@ -16,13 +16,16 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from gptb_ds.atomic_files import replace_file
 from gptb_ds.config import ConfigError
 from gptb_ds.distributed.watchdog import progress_made
 from gptb_ds.state_health import DISTANCES
 from gptb_ds.training.metrics import AppendedFile, Metrics
+
+if TYPE_CHECKING:
+    import wandb
 
 # What of a metrics line goes to a sink, and under which name.
 NAMES = {
@@ -240,7 +243,7 @@ class WandbSink:
     def __init__(self, run_folder: Path) -> None:
         self.folder, self._group = run_folder, run_folder.name
         self._place = run_folder / "wandb" / "gptb-ds.json"
-        self._run: Any = None
+        self._run: wandb.Run | None = None
         self._id, self._lines = "", 0
 
     def follow(self, lines: Sequence[Metrics]) -> None:
@@ -287,6 +290,7 @@ class WandbSink:
     def _log(self, line: Metrics) -> None:
         values = values_of(line)
         if values:
+            assert self._run is not None, "it is there from `follow` to `close`"
             self._run.log(values, step=line["update"])
         progress_made(f"W&B, update {line['update']}")
 

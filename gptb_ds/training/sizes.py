@@ -92,7 +92,7 @@ def _trial_window(model: WindowModel, lanes: int, steps: int) -> tuple[torch.Ten
 def choose_recompute(memory: WindowMemory, lanes: int, window: int, usable: float) -> int:
     """The largest c that fits, 0 (keep everything) if that does; else the one that keeps least.
 
-    Any c computes each column once more: a larger one only costs fewer interruptions.
+    Whatever c is, each column is computed once more: a larger one only costs fewer interruptions.
     """
     if memory.kept(lanes, window, 0) <= usable:
         return 0

@@ -9,18 +9,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from gptb_ds.distributed.watchdog import progress_made
+from gptb_ds.model.gradient_sums import Context
 from gptb_ds.model.modeling import RecurrentLM
 from gptb_ds.model.objective import WindowObjective
 from gptb_ds.model.window_model import WindowModel
 
-Context: TypeAlias = Any  # torch's, which takes what a forward leaves there for its backward
 # Eager windows before a capture: libraries choose their kernels and take their workspaces in them.
 WARM_UPS = 2
 # Windows of different shapes (updates a window, with loss weights or without) that are kept as graphs.
