@@ -136,7 +136,12 @@ class Heartbeat:
             print(lost_contact(self._world, loss), file=sys.stderr, flush=True)
         elif self._ended.wait(_GRACE_SECONDS):  # the main thread is saying it, and ends the process itself
             return
-        os._exit(HUNG if loss.silent else FAULT)
+        os._exit(exit_code_of(loss))
+
+
+def exit_code_of(loss: Loss) -> int:
+    """The exit code of a rank that has lost another one."""
+    return HUNG if loss.silent else FAULT
 
 
 def lost_contact(world: World, loss: Loss) -> str:

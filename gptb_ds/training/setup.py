@@ -88,8 +88,7 @@ def train(config: Config, stop: StopRequests) -> int:
             _speak(error, world)
             _end(FAULT)
         except BaseException as error:
-            report_error(error, world)
-            _end(FAULT)
+            _end(report_error(error, world))
         try:
             code = _run(trainer, folder, world)
             if code == STOPPED:
@@ -110,7 +109,7 @@ def train(config: Config, stop: StopRequests) -> int:
             # On this rank alone: the others lose contact, and say so.
             _speak(error, world)
         except BaseException as error:
-            report_error(error, world)
+            _end(report_error(error, world))
         _end(FAULT)
 
 

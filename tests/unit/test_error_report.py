@@ -7,7 +7,10 @@ import torch
 import torch.distributed as dist
 
 from gptb_ds.distributed.error_report import report_error
+from gptb_ds.distributed.heartbeat import _Process
+from gptb_ds.distributed.links import Loss
 from gptb_ds.distributed.world import World
+from gptb_ds.exit_codes import FAULT, HUNG
 
 
 def test_an_echo_of_another_ranks_end_is_one_line(capsys: pytest.CaptureFixture[str]):
@@ -24,3 +27,14 @@ def test_an_echo_of_another_ranks_end_is_one_line(capsys: pytest.CaptureFixture[
         report_error(error, world)
     err = capsys.readouterr().err
     assert "Traceback" in err and all(line.startswith("[rank 1 on node7]") for line in err.splitlines())
+
+
+@pytest.mark.parametrize(("silent", "code"), [(True, HUNG), (False, FAULT)])
+def test_the_exit_code_after_a_loss_does_not_depend_on_who_says_it(
+    silent: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The heartbeats, or the backend that raises first because a third rank has ended."""
+    monkeypatch.setattr(_Process, "loss", Loss(2, "node8", "is lost", silent))
+    monkeypatch.setattr(_Process, "said", False)
+    assert report_error(dist.DistBackendError("NCCL error"), World(rank=1, size=3, host="node7")) == code
+    assert "stopping: rank 2 on node8 is lost" in capsys.readouterr().err
