@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.launched import TinyRun, finish
+from tests.harness.once import made_once
 from tests.harness.processes import free_port
 
 from . import slurm_cluster, two_hosts
@@ -31,8 +32,6 @@ def plain(store: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 
     Its port is given: the launcher's own, 29500, is everybody's who runs tests beside this one.
     """
-    folder = tmp_path_factory.mktemp("plain")
-    run = TinyRun(folder, store)
     command = [
         str(Path(sys.executable).parent / "deepspeed"),
         "--num_accelerators",
@@ -43,10 +42,13 @@ def plain(store: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
         "gptb_ds",
         "train",
     ]
-    log = folder / "log"
-    assert finish(command, run, log, {"DS_ACCELERATOR": "cpu"}) == 0, log.read_text()
-    assert run.update() == run.updates
-    return run
+
+    def make(folder: Path) -> None:
+        run, log = TinyRun(folder, store), folder / "log"
+        assert finish(command, run, log, {"DS_ACCELERATOR": "cpu"}) == 0, log.read_text()
+        assert run.update() == run.updates
+
+    return TinyRun(made_once(tmp_path_factory, "plain", make), store)
 
 
 @pytest.fixture(scope="module")

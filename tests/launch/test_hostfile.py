@@ -28,8 +28,8 @@ def env(hosts: TwoHosts, tmp_path: Path) -> dict[str, str]:
     return hosts.env | {"HOSTFILE": str(tmp_path / "hosts"), "PDSH_SSH_ARGS_APPEND": ssh}
 
 
-def test_two_hosts_train_stop_on_request_and_go_on(
-    command: list[str], env: dict[str, str], store: Path, plain: TinyRun, tmp_path: Path
+def test_two_hosts_stop_on_request_and_by_a_pulled_cable_and_go_on(
+    hosts: TwoHosts, command: list[str], env: dict[str, str], store: Path, plain: TinyRun, tmp_path: Path
 ) -> None:
     run, log = TinyRun(tmp_path, store), tmp_path / "log"
     with started(command, run, log, env) as process:
@@ -39,18 +39,13 @@ def test_two_hosts_train_stop_on_request_and_go_on(
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 85, log.read_text()
         assert not alive(ranks)
-    assert run.checkpoints() == [run.update()] and run.update() < run.updates
-    assert finish(command, run, log, env) == 0, log.read_text()
-    assert run.lines() == plain.lines()
+    stopped = run.update()
+    assert run.checkpoints() == [stopped] and stopped < run.updates
     assert "[INFO]" not in log.read_text()
 
-
-def test_pulled_cable_ends_the_job_and_plugged_in_again_it_goes_on(
-    hosts: TwoHosts, command: list[str], env: dict[str, str], store: Path, plain: TinyRun, tmp_path: Path
-) -> None:
-    run, log = TinyRun(tmp_path, store, save_every=5, hang_seconds=HANG_SECONDS), tmp_path / "log"
+    run = TinyRun(tmp_path, store, save_every=5, hang_seconds=HANG_SECONDS)
     with started(command, run, log, env) as process:
-        wait_until(run.checkpoints, "a checkpoint", log.read_text)
+        wait_until(lambda: run.checkpoints()[-1] > stopped, "a newer checkpoint", log.read_text)
         ranks = run.ranks()
         assert len(ranks) == 2
         hosts.cable(plugged=False)
@@ -59,10 +54,12 @@ def test_pulled_cable_ends_the_job_and_plugged_in_again_it_goes_on(
             wait_until(lambda: not alive(ranks), "the end of the ranks of both hosts", log.read_text)
         finally:
             hosts.cable(plugged=True)
+    assert f"resuming from {run.dir}/checkpoints/step-{stopped:08d}" in log.read_text()
     assert "[rank 0 on host-0] ranks that do not answer" in log.read_text()
     assert f"no progress for {HANG_SECONDS} s" in log.read_text()
     saved = run.checkpoints()[-1]
     assert saved < run.updates
+
     assert finish(command, run, log, env) == 0, log.read_text()
     assert f"resuming from {run.dir}/checkpoints/step-{saved:08d}" in log.read_text()
     assert run.lines() == plain.lines()

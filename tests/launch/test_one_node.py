@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.harness.launched import LAUNCH, PATIENCE, TinyRun, alive, finish, started
@@ -34,24 +33,6 @@ def test_one_process_needs_no_launcher_and_no_mpi(store: Path, plain: TinyRun, t
     command = [sys.executable, "-m", "gptb_ds", "train", "--optim.schedule", "constant"]
     assert finish(command, run, log, {"PYTHONPATH": str(tmp_path)}) == 0, log.read_text()
     assert run.lines()[0]["loss"] == pytest.approx(plain.lines()[0]["loss"], rel=1e-5)
-
-
-def test_sigterm_to_the_launcher_saves_and_the_same_command_goes_on(
-    store: Path, plain: TinyRun, tmp_path: Path
-) -> None:
-    run, log = TinyRun(tmp_path, store), tmp_path / "log"
-    with started(ONE_NODE, run, log, {"N": "2"}) as process:
-        run.wait_for_update(1, log.read_text)
-        ranks = run.ranks()
-        assert len(ranks) == 2
-        if _can_bind():
-            assert not set(ranks[0].cpu_affinity()) & set(ranks[1].cpu_affinity())
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 85, log.read_text()
-        assert not alive(ranks)
-    assert run.checkpoints() == [run.update()] and run.update() < run.updates
-    assert finish(ONE_NODE, run, log, {"N": "2"}) == 0, log.read_text()
-    assert run.lines() == plain.lines()
 
 
 def test_killed_rank_ends_the_job_with_its_fault(store: Path, tmp_path: Path) -> None:
@@ -92,9 +73,3 @@ def test_scripts_are_shellcheck_clean() -> None:
     scripts = sorted(map(str, [*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")]))
     done = subprocess.run(["shellcheck", "-x", *scripts], cwd=LAUNCH.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-
-
-def _can_bind() -> bool:
-    cores = psutil.cpu_count(logical=False) or 1
-    allowed = ["numactl", "--cpunodebind=0", "--membind=0", "true"]
-    return bool(shutil.which("numactl")) and cores >= 2 and subprocess.run(allowed, capture_output=True).returncode == 0
