@@ -15,7 +15,7 @@ from tests.harness import faults
 from tests.harness.stores import prepare
 from tests.harness.training import file_checksums, losses, metrics, rewind, train
 
-UPDATES, WINDOW = 240, 6
+UPDATES, WINDOW = 240, 3
 COMMON: dict[str, Any] = {
     "data__lanes": 4,
     "data__window": WINDOW,
@@ -35,7 +35,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chooser, folder = random.Random(1), tmp_path_factory.mktemp("poisoned")
     (folder / "texts").mkdir()
     for number in range(40):
-        text = "the state of the lane " * chooser.choice([4, 8, 12])
+        text = "the state of the lane " * chooser.choice([2, 4, 6])
         (folder / "texts" / f"{number:02d}.txt").write_text(text)
     (folder / "texts" / "poison.txt").write_text("".join(chooser.choice("QXZJVK#@!") for _ in range(60)))
     assert prepare("--source", folder / "texts", "--out", folder / "store", "--holdout", "0") == 0
