@@ -123,7 +123,7 @@ def test_windows_equal_the_brute_force_reference(case: dict) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_windows_equal_the_brute_force_reference_in_many_cases(case: dict) -> None:
     check_case(case)

@@ -131,7 +131,7 @@ def test_a_large_json_file_is_read_record_by_record(kind: str, tmp_path: Path) -
 
 
 def test_an_object_of_any_size_over_lines_is_read(tmp_path: Path) -> None:
-    records = [{"text": f"{number} " + "text " * 20_000} for number in range(200)]
+    records = [{"text": f"{number} " + "text " * 20_000} for number in range(40)]  # 4 MB, read in pieces of one
     (tmp_path / "a.json").write_text(json.dumps({"version": 1, "data": records}, indent=1))
     prepare("--source", tmp_path / "a.json", "--out", tmp_path / "store")
     assert texts_of(tmp_path / "store") == sorted(record["text"] for record in records)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from gptb_ds.training.metrics import Metrics, read_metrics
 from gptb_ds.training.reporter import Reporter
 from gptb_ds.training.sinks import CsvSink, check_sinks
 from gptb_ds.training.train_state import RunFacts
+from tests.harness.processes import run_script
 from tests.harness.sinks import READERS, Rows, csv_files, expected, tensorboard
 
 
@@ -148,17 +148,24 @@ def test_a_sink_that_cannot_begin_is_named_once_and_left_out(
     assert_follows(READERS[sink](run), run)
 
 
-def test_wandb_without_a_key_is_refused_in_one_line():
+def test_wandb_without_a_key_is_refused_in_one_line(tmp_path: Path):
     pytest.importorskip("wandb")
-    program = "from gptb_ds.training.sinks import CsvSink, check_sinks; check_sinks(['wandb'])"
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": "/nonexistent"}
-    for more, words in (({}, "no API key"), ({"WANDB_API_KEY": "short"}, "API key must have")):
-        ended = subprocess.run(
-            [sys.executable, "-c", program], env=clean | more, capture_output=True, text=True, timeout=120
+    program, said = tmp_path / "program.py", tmp_path / "said"
+
+    def code_with(**variables: str) -> int:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+        program.write_text(
+            "import os\nos.environ.clear()\n"
+            f"os.environ.update({clean | {'HOME': '/nonexistent'} | variables!r})\n"
+            "from gptb_ds.training.sinks import check_sinks\ncheck_sinks(['wandb'])\n"
         )
-        last = ended.stderr.strip().splitlines()[-1]
+        return run_script(program, [], said)
+
+    for more, words in (({}, "no API key"), ({"WANDB_API_KEY": "short"}, "API key must have")):
+        assert code_with(**more) == 1
+        last = said.read_text().strip().splitlines()[-1]
         assert "ConfigError: run.monitor wandb: " in last and words in last and "WANDB_MODE=offline" in last
-    subprocess.run([sys.executable, "-c", program], env=clean | {"WANDB_MODE": "offline"}, check=True, timeout=120)
+    assert code_with(WANDB_MODE="offline") == 0, said.read_text()
 
 
 def test_a_sink_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch):
