@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from gptb_ds.suggestions import nearest
@@ -24,6 +33,20 @@ class Group(BaseModel):
     """A frozen group of keys; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, str_min_length=1)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """`updates: true` (or YAML's `yes`) would be 1."""
+        kinds = _plain_types(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise PydanticCustomError("bool_as_number", "Input should be a number, not a truth value")
+        return value
+
+
+def _plain_types(annotation: object) -> set[object]:
+    parts = get_args(annotation)
+    return {annotation}.union(*map(_plain_types, parts)) if parts and annotation is not None else {annotation}
 
 
 def _as_switch(value: object) -> object:
@@ -453,6 +476,13 @@ class Config(Group):
             for path in self.data.path
             if Path(path).resolve() == Path(self.run.dir).resolve()
         ]
+        places = [Path(path).resolve() for path in self.data.path]
+        errors += [
+            f"data.path {path}: is named twice, so each of its documents would come twice; name it once (data.weights"
+            " says how often a store is read)"
+            for number, path in enumerate(self.data.path)
+            if places[number] in places[:number]
+        ]
         errors += self._only_for_gptb()
         if (self.model.context or self.data.window) < self.data.window:
             errors.append(
@@ -516,6 +546,8 @@ def load_config(source: str | None, overrides: Mapping[str, object]) -> Config:
 
     Raises `ConfigError` with one line for each thing that is wrong: key, value and remedy.
     """
+    if source is not None and not source.strip():
+        raise ConfigError("--config '': is empty (a variable that is not set?); name a recipe or a file")
     values = _read_yaml(source) if source else {}
     for key, value in overrides.items():
         *groups, name = key.split(".")
@@ -537,6 +569,22 @@ def save_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
+def _check_keys(node: yaml.Node | None, seen: set[int]) -> None:
+    """Raises YAMLError for a key that comes twice: of two groups of a name yaml 6.0 drops the first without a word."""
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    lines: dict[str, int] = {}
+    for part in node.value if isinstance(node, yaml.CollectionNode) else ():
+        key, value = part if isinstance(part, tuple) else (None, part)
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(f"'{key.value}' is in line {lines[key.value]} and in line {line}; join them")
+            lines[key.value] = line
+        _check_keys(value, seen)
+
+
 def _read_yaml(source: str) -> dict[str, object]:
     path = Path(source)
     recipe = RECIPES / f"{source}.yaml"
@@ -546,8 +594,10 @@ def _read_yaml(source: str) -> dict[str, object]:
         names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise ConfigError(f"--config {source}: no such file, and no recipe of that name (recipes: {names})")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        _check_keys(yaml.compose(text, yaml.SafeLoader), set())
+        values = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold groups of keys (model:, data:, ...), not {type(values).__name__}")

@@ -51,6 +51,7 @@ class Sampling:
             (self.min_p is None or 0 <= self.min_p <= 1, "min_p", "from 0 to 1"),
             (self.repetition_penalty is None or self.repetition_penalty > 0, "repetition_penalty", "above 0"),
             (self.num_beams >= 1, "num_beams", "1 or more"),
+            (self.seed is None or -(1 << 63) <= self.seed < 1 << 64, "seed", "a number of 64 bits"),
         ]
         errors = [f"{name} is {getattr(self, name)}; expected {what}" for holds, name, what in checks if not holds]
         if errors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,6 +69,8 @@ def load_any(path: str) -> tuple[WindowModel, PreTrainedTokenizerBase]:
         good, passed_over = newest_good(folder, World())
         if good is None:
             raise ValueError("\n".join([f"{folder}: no checkpoint verifies", *passed_over.values()]))
+        for line in passed_over.values():
+            print(f"passed over {line}", file=sys.stderr)
         return _load_checkpoint(good)
     if next(folder.glob("lanes-*.safetensors"), None):
         raise ValueError(f"{folder}: a checkpoint without its manifest.json; the save was not completed")

@@ -30,6 +30,8 @@ def plot_runs(runs: Sequence[str], out: str) -> None:
         steps = [line for line in lines if line.get("loss") is not None]
         if not steps:
             raise ValueError(f"{path}: holds no update yet; train first")
+        if lacking := [line["update"] for line in steps if line.get("tokens") is None]:
+            raise ValueError(f"{path}: the line of update {lacking[0]} has no 'tokens'; remove it")
         tokens = {0: 0} | {line["update"]: line["tokens"] for line in lines if "tokens" in line}
         (drawn,) = axes.plot(
             [line["tokens"] for line in steps],

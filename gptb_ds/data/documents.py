@@ -19,10 +19,17 @@ import json
 import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Literal,
+    NotRequired,  # pydantic takes typing's from Python 3.12 on
+)
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from gptb_ds.atomic_files import sha256_of
 
@@ -34,10 +41,13 @@ FORMAT = "gptb-ds store 1"
 SPLITS = ("train", "validation")
 
 
+Count = Annotated[int, Field(ge=0)]
+
+
 class StoreFileFacts(TypedDict):
     """Size, checksum of the whole, and checksum of the blocks that opening reads."""
 
-    size: int
+    size: Count
     sha256: str
     sample: str
 
@@ -45,11 +55,11 @@ class StoreFileFacts(TypedDict):
 class SplitFacts(TypedDict):
     """Counts of one split. `histogram`: documents by length, below 1, 2, 4, 8, .. tokens."""
 
-    documents: int
-    tokens: int
-    bytes: int
-    counted: int
-    longest: int
+    documents: Count
+    tokens: Count
+    bytes: Count
+    counted: Count
+    longest: Count
     histogram: list[int]
 
 
@@ -65,9 +75,9 @@ class StoreContent(Origin):
 
     tokenizer: str
     tokenizer_fingerprint: str
-    vocab_size: int
-    eot_id: int
-    dtype: str
+    vocab_size: Count
+    eot_id: Count
+    dtype: Literal["uint16", "uint32"]
     weighted: bool
     own_targets: NotRequired[bool]
     read_as: NotRequired[str]
@@ -75,6 +85,7 @@ class StoreContent(Origin):
     skipped: dict[str, int]
 
 
+@with_config(ConfigDict(strict=True))
 class StoreManifest(StoreContent):
     """`store.json`: what the store holds, and what its files must be."""
 
@@ -140,6 +151,7 @@ def open_store(path: str | Path, split: str = "train") -> DocumentStore:
     for name, facts in manifest["files"].items():
         if Path(name).parts[0] in (split, "tokenizer"):
             _check_file(path, name, facts)
+    _check_split(path, split, manifest)
     store = DocumentStore(path, split, manifest)
     if int(store.offsets[0]) != 0 or int(store.offsets[-1]) + 1 != len(store.tokens):
         raise ValueError(f"{path}: {split}/offsets.bin does not belong to its tokens.bin; prepare the store again")
@@ -150,16 +162,49 @@ def read_store_manifest(path: Path) -> StoreManifest:
     """The manifest of a store, checked against its own fingerprint. Raises ValueError, in one line."""
     try:
         manifest: StoreManifest = json.loads((path / "store.json").read_text())
+    except NotADirectoryError:
+        raise ValueError(f"{path}: is a file, not a document store; run gptb-ds prepare on it") from None
     except FileNotFoundError:
         hint = "an interrupted prepare leaves none" if path.is_dir() else "there is no such folder"
         raise ValueError(f"{path}: not a document store, store.json is missing ({hint}); run gptb-ds prepare") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path}/store.json: cannot be read ({error}); prepare the store again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path}/store.json: not of the format '{FORMAT}'; prepare the store again")
     if manifest.get("manifest_checksum") != manifest_checksum(manifest):
         raise ValueError(f"{path}/store.json: altered since it was written; prepare the store again")
+    try:
+        _MANIFEST.validate_python(manifest)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+        raise ValueError(f"{path}/store.json: cannot be read ({wrong}); prepare the store again") from None
+    if missing := [split for split in SPLITS if split not in manifest["splits"]]:
+        raise ValueError(f"{path}/store.json: lacks the split '{missing[0]}'; prepare the store again")
     return manifest
+
+
+_MANIFEST = TypeAdapter(StoreManifest)
+
+
+def _check_split(path: Path, split: str, manifest: StoreManifest) -> None:
+    """Raises ValueError, in one line, unless the counts in the manifest are those of the split's files."""
+    facts, files = manifest["splits"][split], manifest["files"]
+    targets = facts["tokens"] + facts["documents"] + 1
+    width = 2 if manifest["dtype"] == "uint16" else 4
+    sizes = {"tokens.bin": targets * width, "offsets.bin": (facts["documents"] + 1) * 8}
+    if manifest["weighted"]:
+        sizes["counted.bin"] = targets
+    if manifest.get("own_targets"):
+        sizes["targets.bin"] = targets * width
+    for name, size in sizes.items():
+        found = files.get(f"{split}/{name}")
+        if found is None or found["size"] != size:
+            raise ValueError(
+                f"{path}/store.json: says {facts['documents']} documents of {facts['tokens']} tokens, which"
+                f" {split}/{name} does not hold; prepare the store again"
+            )
+    if manifest["eot_id"] >= manifest["vocab_size"]:
+        raise ValueError(f"{path}/store.json: eot_id is beyond vocab_size; prepare the store again")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

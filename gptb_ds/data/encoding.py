@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +67,7 @@ class Encoder:
         self.tokenizer, self.fields, self.stop_on_error = tokenizer, fields, stop_on_error
         self.eot = tokenization.eot_id(tokenizer)
         self.vocab_size = tokenization.vocab_size(tokenizer)
-        self.dtype = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+        self.dtype: Literal["uint16", "uint32"] = "uint16" if self.vocab_size <= 1 << 16 else "uint32"
 
     def __call__(self, records: list[Record]) -> list[Encoded]:
         """Raises ValueError for the first bad record when it is to stop there."""

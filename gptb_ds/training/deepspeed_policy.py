@@ -83,13 +83,20 @@ def check_precision(precision: str, device: str, policy: Policy) -> None:
 
 
 def _read(path: str) -> Policy:
+    twice: set[str] = set()
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        names = [name for name, _ in pairs]
+        twice.update(name for name in names if names.count(name) > 1)
+        return dict(pairs)
+
     try:
-        policy = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        policy = json.loads(Path(path).read_text(), object_pairs_hook=unique)
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"--deepspeed_config {path}: cannot be read as JSON: {error}") from None
     if not isinstance(policy, dict):
         raise ConfigError(f"--deepspeed_config {path}: must be a JSON object")
-    wrong = []
+    wrong = [f"{path}: '{key}' is there more than once; which is meant?" for key in sorted(twice)]
     for key in policy:
         if key in _OWNED:
             wrong.append(f"{path}: '{key}' belongs to {_OWNED[key]}; remove it here")

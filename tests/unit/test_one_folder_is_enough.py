@@ -90,3 +90,14 @@ def test_a_lost_manifest_is_read_from_its_copy(checkpoint):
     (folder / "manifest-copy.json").unlink()
     with pytest.raises(ValueError, match=r"a checkpoint without its manifest.json"):
         load_any(str(folder))
+
+
+def test_an_older_checkpoint_is_not_taken_without_a_word(
+    checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    damaged = tmp_path / "run/checkpoints/step-00000009"
+    damaged.mkdir()
+    (damaged / "manifest.json").write_text("{")
+    load_any(str(tmp_path / "run"))
+    captured = capsys.readouterr()
+    assert f"passed over {damaged}: manifest.json cannot be read" in captured.err and captured.out == ""
