@@ -9,8 +9,8 @@ Axes: R rows (lanes x slots) of some columns, I inputs, O outputs of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeGuard
 
 import torch
@@ -46,15 +46,16 @@ class _Sum:
         self.rows.append((left_RI, right_RO))
         self.waiting += len(left_RI)
         if self.waiting >= CHUNK_ROWS:
-            self._multiply()
+            self.multiply()
 
     def take(self) -> torch.Tensor | None:
         """The sum in the parameter's type; None when nothing has arrived. Starts anew."""
-        self._multiply()
+        self.multiply()
         total, self.total = self.total, None
         return None if total is None else total.to(self.parameter.dtype)
 
-    def _multiply(self) -> None:
+    def multiply(self) -> None:
+        """Adds the product of the rows that wait."""
         if not self.rows:
             return
         lefts, rights = zip(*self.rows, strict=True)
@@ -238,6 +239,28 @@ class Fp32GradientSums(TorchFunctionMode):
             table = self._sum(args[1])
             return _Embedding.apply(args[0], self._tickets[id(args[1])], table)
         return func(*map(self._use, args), **{name: self._use(value) for name, value in kwargs.items()})
+
+    def tickets(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        """Of each parameter what stands for its uses: the sum is handed in when their backward passes are through."""
+        for parameter in parameters:
+            self._sum(parameter)
+        return [self._tickets[id(parameter)] for parameter in parameters]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """As `with` this object, but uses belong to another graph, whose backward pass hands in no sum."""
+        tickets = self._tickets
+        self._tickets = {number: torch.empty((), requires_grad=True) for number in self._sums}
+        try:
+            with self:
+                yield
+        finally:
+            self._tickets = tickets
+
+    def multiply(self) -> None:
+        """Adds up the rows that wait for a product with more of them: they take memory."""
+        for total in self._sums.values():
+            total.multiply()
 
     def uses(self, parameters: Sequence[nn.Parameter]) -> tuple[torch.Tensor, ...]:
         """One use of each parameter, in operations that this object does not see."""

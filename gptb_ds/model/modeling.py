@@ -59,6 +59,8 @@ class GPTBModel(SlotRecurrence, GPTBPreTrainedModel, GPT2Model):
     Parameter names are GPT-2's plus `initial_embeds` (S-1, E), the learned initial state, drawn from N(0, 1).
     """
 
+    weights_are_seen = True
+
     def __init__(self, config: GPT2Config) -> None:
         """Copies `config`, a `GPTBConfig` or a plain `GPT2Config`. Raises ValueError for one that does not hold up."""
         config = as_gptb_config(config)

@@ -27,6 +27,7 @@ from .input_checks import (
     state_of,
 )
 from .outputs import GPTBModelOutput
+from .recomputed import recomputed
 
 # Columns embedded and kept at once when no gradient is needed: the memory of a prompt of any length.
 READ_CHUNK = 256
@@ -59,6 +60,8 @@ class SlotRecurrence(nn.Module):
     initial_embeds: nn.Parameter
     state_gate: nn.Parameter
     _compiled_step: CompiledStep | None = None
+    # Whether all weights of `run_slots` are used in operations that `Fp32GradientSums` sees.
+    weights_are_seen = False
 
     # What a backbone supplies
 
@@ -229,8 +232,8 @@ class SlotRecurrence(nn.Module):
         state_BSE = initial_SE.expand(lanes, -1, -1) if state_BSE is None else state_BSE.to(like_E)
         if self._compiled_step is not None and torch.is_grad_enabled() and not with_layers:
             state_BSE = self._compiled_step.enter(state_BSE, self._carries_view and mask_KB is None)
-        recomputed = bool(recompute_every) and torch.is_grad_enabled() and recompute_every < steps
-        chunk = recompute_every if recomputed else (steps if torch.is_grad_enabled() else READ_CHUNK)
+        recompute = bool(recompute_every) and torch.is_grad_enabled() and recompute_every < steps
+        chunk = recompute_every if recompute else (steps if torch.is_grad_enabled() else READ_CHUNK)
         resets, masks = _columns(reset_KB, steps), _columns(mask_KB, steps)
         hidden: list[torch.Tensor] = []
         states = [state_BSE]
@@ -239,7 +242,10 @@ class SlotRecurrence(nn.Module):
         for tokens in self._token_chunks(ids_KB, embeds_KBE, chunk):
             part = slice(start, start + len(tokens))
             columns = tokens, resets[part], masks[part], states[-1], initial_SE, context, sums
-            if recomputed and not with_layers:
+            if recompute and not with_layers and self._recomputes_apart(sums):
+                *outputs, state_BSE = self._recomputed_steps(*columns)
+                states = [state_BSE]
+            elif recompute and not with_layers:
                 *outputs, state_BSE = checkpoint(
                     self._steps,
                     *columns,
@@ -283,6 +289,46 @@ class SlotRecurrence(nn.Module):
     def compile_step(self, backend: Backend = "inductor") -> None:
         """Compiles one step with this backend of `torch.compile`: compiled once, called for every column."""
         self._compiled_step = CompiledStep(type(self)._step, backend)
+
+    def _recomputes_apart(self, sums: Fp32GradientSums | None) -> bool:
+        """Whether `recompute_every` can do without recording the first pass, see `recomputed`.
+
+        Not where the blocks are no function of their inputs that can be repeated: weights that ZeRO-3 gathers by hooks,
+        random numbers, a compiled step. Nor with a hook on a weight, which would see each piece's gradient. On a GPU
+        what is recorded lies in the host's memory, and graphs hide its time.
+        """
+        return (
+            self.weights_are_seen
+            and self.initial_embeds.device.type == "cpu"
+            and not hasattr(self.initial_embeds, "ds_id")
+            and self._compiled_step is None
+            and not (self.training and self.has_dropout)
+            and (sums is not None or not any(parameter._backward_hooks for parameter in self.parameters()))
+        )
+
+    def _recomputed_steps(
+        self,
+        tokens: Sequence[torch.Tensor],
+        resets: Sequence[torch.Tensor | None],
+        masks: Sequence[torch.Tensor | None],
+        state_BSE: torch.Tensor,
+        initial_SE: torch.Tensor,
+        context: Shared,
+        sums: Fp32GradientSums | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """As `_steps`, whose inner results are not kept."""
+        shared = [x for x in context if isinstance(x, torch.Tensor)]
+
+        def run(state_BSE: torch.Tensor, initial_SE: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            own = iter(others[: len(shared)])
+            around = tuple(next(own) if isinstance(x, torch.Tensor) else x for x in context)
+            *outputs, new_BSE = self._steps(others[len(shared) :], resets, masks, state_BSE, initial_SE, around, sums)
+            # Copies: views would keep the outputs of all slots of all columns.
+            return torch.stack(outputs), new_BSE.contiguous()
+
+        weights = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        hidden_KB1E, new_BSE = recomputed(run, sums, weights, state_BSE, initial_SE, *shared, *tokens)
+        return *hidden_KB1E.unbind(0), new_BSE
 
     def _steps(
         self,
