@@ -16,6 +16,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from gptb_ds.data.corpus import Corpus
 from gptb_ds.data.lanes import CopyPlan, Ints, runs
 
+_TURNED_LANES = 256
+
 
 @dataclass(frozen=True)
 class Window:
@@ -108,7 +110,7 @@ def fill_window(
     rows_BK[plan.reset_lane, plan.reset_column] = corpus.eot_id
     # (B, K+1) -> (K+1, B): turned while the ids are 2 or 4 bytes wide, then widened to the 8 that torch wants.
     columns_KB = torch.empty((window + 1, lanes), dtype=torch.int64, pin_memory=pin_memory)
-    columns_KB.copy_(torch.from_numpy(rows_BK).t().contiguous())
+    columns_KB.copy_(torch.from_numpy(_turned(rows_BK)))
     reset_KB = torch.zeros((window + 1, lanes), dtype=torch.bool, pin_memory=pin_memory)
     reset_KB.numpy()[plan.reset_column, plan.reset_lane] = (
         True if keeps_state is None else ~keeps_state(plan.reset_ordinal)
@@ -124,6 +126,14 @@ def fill_window(
         weights_KB = torch.empty((window, lanes), dtype=torch.float32, pin_memory=pin_memory)
         np.copyto(weights_KB.numpy(), counted_BK.T)
     return Window(columns_KB[:-1], targets_KB, reset_KB[:-1], weights_KB)
+
+
+def _turned(rows_BK: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+    """Its transpose (K, B), some lanes at a time: their rows stay in the cache while they are read column by column."""
+    turned_KB = np.empty(rows_BK.shape[::-1], dtype=rows_BK.dtype)
+    for start in range(0, len(rows_BK), _TURNED_LANES):
+        turned_KB[:, start : start + _TURNED_LANES] = rows_BK[start : start + _TURNED_LANES].T
+    return turned_KB
 
 
 def _own_targets(next_KB: torch.Tensor, corpus: Corpus, plan: CopyPlan) -> torch.Tensor:

@@ -54,7 +54,7 @@ class _Recomputed(torch.autograd.Function):
         leaves = [x for x in inputs if x.requires_grad]
         if sums is None:
             found = torch.autograd.grad(ends, [*weights, *leaves], given, allow_unused=True)
-            of_weights = list(found[: len(weights)])
+            of_weights: list[torch.Tensor | None] = [*found[: len(weights)]]
             of_inputs = iter(found[len(weights) :])
         else:
             torch.autograd.backward(ends, given)
