@@ -15,6 +15,8 @@ from gptb_ds.model.decoder_configuration import GPTBDecoderConfig
 from gptb_ds.model.modeling import GPTBLMHeadModel
 from gptb_ds.model.window_model import WindowModel
 
+Values = dict[str, Any]  # keys of a configuration of transformers, by their names there
+
 
 def model_class(configuration: PreTrainedConfig) -> type[WindowModel]:
     """The class of the model that a configuration is for."""
@@ -35,13 +37,13 @@ def new_model(configuration: PreTrainedConfig) -> WindowModel:
 def baseline_configuration(config: Config, vocab_size: int, eot_id: int) -> PreTrainedConfig:
     """The model to compare with that a run's configuration describes, over a store's vocabulary."""
     model, window = config.model, config.data.window
-    shared: dict[str, Any] = {"vocab_size": vocab_size, "n_layer": model.n_layer, "n_embd": model.n_embd}
+    shared: Values = {"vocab_size": vocab_size, "n_layer": model.n_layer, "n_embd": model.n_embd}
     shared |= {"eos_token_id": eot_id, "bos_token_id": eot_id, "initializer_range": model.initializer_range}
     if model.kind == "lstm":
         return LSTMConfig(**shared, dropout=model.dropout)
     context = model.context or window
     # Read again with the next window, so that every prediction sees its document as far back as it can.
-    streaming: dict[str, Any] = {"carried_tokens": context - window, "evaluation_stride": max(1, context // 4)}
+    streaming: Values = {"carried_tokens": context - window, "evaluation_stride": max(1, context // 4)}
     return GPT2Config(
         **shared,
         n_head=model.n_head,
@@ -59,7 +61,7 @@ def model_configuration(config: Config, vocab_size: int, eot_id: int) -> GPTBCon
     Raises ValueError for a backbone that there is not, or that can't be one.
     """
     model = config.model
-    recurrence: dict[str, Any] = {key: getattr(model, key) for key in ("num_slots", "rebias", "recent_tokens", "carry")}
+    recurrence: Values = {key: getattr(model, key) for key in ("num_slots", "rebias", "recent_tokens", "carry")}
     # What starts from a decoder and holds recent tokens begins as that decoder.
     recurrence["preserve_decoder"] = model.rebias and model.recent_tokens > 0 and model.init_from is not None
     recurrence |= {"bos_token_id": eot_id, "eos_token_id": eot_id}
@@ -68,7 +70,7 @@ def model_configuration(config: Config, vocab_size: int, eot_id: int) -> GPTBCon
         backbone = _backbone(config, folder, vocab_size, eot_id)
         tied = True if folder is None else folder.tie_word_embeddings
         return GPTBDecoderConfig(backbone_config=backbone, tie_word_embeddings=tied, **recurrence)
-    rest: dict[str, Any] = inherited(folder) if isinstance(folder, GPT2Config) else {}
+    rest: Values = inherited(folder) if isinstance(folder, GPT2Config) else {}
     return GPTBConfig(
         **rest
         | recurrence

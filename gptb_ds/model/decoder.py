@@ -16,7 +16,8 @@ from transformers import MODEL_MAPPING, AutoModel, GenerationMixin, PreTrainedCo
 from .attention import NAME as SLOT_ATTENTION
 from .decoder_configuration import GPTBDecoderConfig
 from .modeling import GPTBLMHeadModel, RecurrentLM
-from .recurrence import Shared, SlotRecurrence
+from .recurrence import SlotRecurrence
+from .step import Shared
 
 
 class GPTBDecoderPreTrainedModel(PreTrainedModel):

@@ -22,7 +22,8 @@ from .gradient_sums import Fp32GradientSums
 from .input_checks import check_generate, check_labels, check_logits_to_keep
 from .loss import causal_loss
 from .outputs import GatheredOutput, GPTBOutput
-from .recurrence import Shared, SlotRecurrence, wants_dict
+from .recurrence import SlotRecurrence, wants_dict
+from .step import Shared
 from .window_model import WindowModel
 
 

@@ -6,21 +6,15 @@ import os
 import socket
 import sys
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import NoReturn, cast
 
 import torch
 from transformers import PreTrainedModel
 
-from gptb_ds.atomic_files import replace_file
-from gptb_ds.checkpoint.format import Manifest
-from gptb_ds.checkpoint.identity import changed_settings, check_identity
 from gptb_ds.checkpoint.model_files import model_files
-from gptb_ds.checkpoint.reader import CheckpointReader
-from gptb_ds.checkpoint.resume import choose_checkpoint, is_own
 from gptb_ds.checkpoint.writer import SaveError
-from gptb_ds.config import Config, ConfigError, save_config
+from gptb_ds.config import Config
 from gptb_ds.distributed.error_report import report_error
 from gptb_ds.distributed.heartbeat import take_leave
 from gptb_ds.distributed.join import JoinError, join, leave
@@ -29,25 +23,21 @@ from gptb_ds.distributed.world import World, is_shared
 from gptb_ds.exit_codes import DONE, FAULT, STOPPED, USAGE
 from gptb_ds.model.modeling import RecurrentLM
 from gptb_ds.model.objective import WindowObjective
-from gptb_ds.model_choice import with_backbone
+from gptb_ds.training.beginning import find_start, headline, write_beginning
 from gptb_ds.training.checkpointer import Checkpointer
-from gptb_ds.training.compilation import compile_step, obstacle, with_compilation
+from gptb_ds.training.compilation import compile_step, obstacle
+from gptb_ds.training.decisions import decided
 from gptb_ds.training.deepspeed_policy import zero_stage
 from gptb_ds.training.device_failures import DeviceFailureError, GpuMemory, gpu_memory, named_failures
 from gptb_ds.training.engine import Engine
 from gptb_ds.training.inputs import Inputs, read_inputs
-from gptb_ds.training.kept_choice import with_kept_order
-from gptb_ds.training.metrics import read_metrics
 from gptb_ds.training.output import forgiving_output
-from gptb_ds.training.precision import allow_tf32, with_precision
+from gptb_ds.training.precision import allow_tf32
 from gptb_ds.training.profile import Profile
 from gptb_ds.training.reporter import Reporter
 from gptb_ds.training.run_folder import RunFolder
-from gptb_ds.training.schedule import BatchPlan, run_tokens
-from gptb_ds.training.sinks import FOLDERS
-from gptb_ds.training.sizes import free_memory, measure_memory, memory_line, with_sizes
+from gptb_ds.training.sizes import free_memory, measure_memory, memory_line
 from gptb_ds.training.stop_requests import StopRequests
-from gptb_ds.training.train_state import RunFacts
 from gptb_ds.training.trainer import MetricsError, Trainer, TrainingError
 from gptb_ds.training.usage import usage_of
 
@@ -119,11 +109,7 @@ def _set_up(config: Config, world: World, stop: StopRequests, started: float) ->
     Raises ValueError for what the user has to change, OSError for what the system refuses.
     """
     # 1. Read and check.
-    config = world.on_rank0(with_backbone, config)
-    config = world.on_rank0(with_kept_order, config)
-    config = world.on_rank0(with_precision, config, world.device)
-    config = world.on_rank0(with_sizes, config, world.device, world.size, world.ranks_here(), print)
-    config = world.on_rank0(with_compilation, config, world.device)
+    config = decided(config, world)
     in_tf32 = allow_tf32(world.device, config.train.precision)
     inputs = world.on_all_ranks(read_inputs, config, world)
     progress_made("reading the inputs")
@@ -134,7 +120,7 @@ def _set_up(config: Config, world: World, stop: StopRequests, started: float) ->
     stop.watch(stop_file, config.run.max_seconds, started, config.run.stop_margin)
     profile = Profile(folder.path / "profile", world, started) if config.run.profile else None
     # 3. Find what to resume.
-    start = _find_start(inputs, folder, world, reporter)
+    start = find_start(inputs, folder, world, reporter)
     # 4. Build and restore.
     with named_failures(inputs.facts, world.size):
         trainer = _build(inputs, world, reporter, stop, profile)
@@ -146,72 +132,14 @@ def _set_up(config: Config, world: World, stop: StopRequests, started: float) ->
     kept = folder.set_aside(start.left_behind)
     if kept:
         reporter.say(f"what this run had saved beyond that is now in {kept}")
-    world.on_rank0(_write_beginning, config, inputs, start, trainer, folder)
-    reporter.say(_headline(config, world, trainer, in_tf32))
+    world.on_rank0(write_beginning, config, inputs, start, trainer, folder)
+    reporter.say(headline(config, world, trainer, in_tf32))
     if trainer.usage is not None and trainer.usage.token_flops:
         reporter.say(f"mfu: {trainer.usage.token_flops / 1e6:,.1f} MFLOP a token, of {trainer.usage.said} a rank")
     for warning in inputs.warnings:
         reporter.say(f"WARNING: {warning}")
     progress_made("set-up")
     return trainer, folder
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Where training begins: the checkpoint (None: from nothing), its run's metrics, and what it leaves behind."""
-
-    reader: CheckpointReader | None
-    metrics: Path | None
-    left_behind: list[Path]
-
-
-def _find_start(inputs: Inputs, folder: RunFolder, world: World, reporter: Reporter) -> _Start:
-    """The third stage: the checkpoint to continue from, checked against the run. Raises ValueError on all ranks."""
-    facts = inputs.facts
-    checkpoint, left_behind = choose_checkpoint(facts.run.resume, folder.path, world, reporter.say)
-    if checkpoint is None and world.on_rank0(_has_trained, reporter.metrics_file) and not left_behind:
-        # Killed before its first checkpoint, or its checkpoints were moved away: nobody can tell which from here.
-        reporter.say(f"no checkpoint in {folder.checkpoints}: training starts over, at update 0")
-        left_behind = [reporter.metrics_file, folder.path / "config.yaml"]
-    if reporter.metrics_file in left_behind:
-        left_behind += [folder.path / name for name in FOLDERS]
-    if checkpoint is None:
-        return _Start(None, None, left_behind)
-    reader = world.on_all_ranks(CheckpointReader, checkpoint)
-    manifest = reader.manifest
-    world.on_all_ranks(check_identity, manifest, facts.identity, checkpoint)
-    world.on_rank0(_must_not_be_beyond_the_end, manifest, facts, checkpoint)
-    own = world.on_rank0(is_own, checkpoint, folder.path)
-    metrics = reporter.metrics_file if own else checkpoint.parent.parent / reporter.metrics_file.name
-    # Here, where a broken line costs nothing yet: it is read again when the metrics are cut.
-    last = world.on_rank0(_last_update, metrics)
-    changes = "; ".join(changed_settings(manifest, facts.settings))
-    reporter.say(f"resuming from {checkpoint} (update {manifest.step})" + (f"; changed: {changes}" if changes else ""))
-    if (last or 0) < manifest.step:
-        there = "is not there" if last is None else f"ends after update {last}"
-        reporter.say(f"WARNING: {metrics} {there}: the lines up to update {manifest.step} are lost")
-    return _Start(reader, None if last is None else metrics, left_behind)
-
-
-def _must_not_be_beyond_the_end(manifest: Manifest, facts: RunFacts, checkpoint: Path) -> None:
-    key, done = ("updates", manifest.step) if facts.train.tokens is None else ("tokens", manifest.tokens)
-    if manifest.tokens > run_tokens(facts.train, BatchPlan(facts.window_tokens, facts.train.batch_phases())):
-        raise ConfigError(
-            f"train.{key} {getattr(facts.train, key)}: {checkpoint} is after {done} {key} already; give a number"
-            " above that, name an earlier checkpoint with --run.resume, or another --run.dir"
-        )
-
-
-def _has_trained(metrics: Path) -> bool:
-    """Whether there are updates in the metrics. Half a line at the end, or any other, is none of our business yet."""
-    return metrics.is_file() and b'"loss"' in metrics.read_bytes()
-
-
-def _last_update(metrics: Path) -> int | None:
-    """The last update of the metrics; 0 for none, None for no file. Raises ValueError as `read_metrics` does."""
-    if not metrics.is_file():
-        return None
-    return max((int(line["update"]) for line in read_metrics(metrics)), default=0)
 
 
 def _build(inputs: Inputs, world: World, reporter: Reporter, stop: StopRequests, profile: Profile | None) -> Trainer:
@@ -256,45 +184,6 @@ def _build(inputs: Inputs, world: World, reporter: Reporter, stop: StopRequests,
     files = model_files(model, inputs.data.tokenizer)
     checkpointer = Checkpointer(facts, engine, inputs.data.windows, reporter, files)
     return Trainer(facts, inputs.data, engine, checkpointer, reporter, stop, usage, profile)
-
-
-def _write_beginning(config: Config, inputs: Inputs, start: _Start, trainer: Trainer, folder: RunFolder) -> None:
-    """The fifth stage, on rank 0: the metrics end where training begins, and the run describes itself.
-
-    A checkpoint of another run brings that run's metrics with it.
-    """
-    metrics = trainer.reporter.metrics_file
-    if start.metrics is not None and start.metrics.resolve() != metrics.resolve():
-        replace_file(metrics, start.metrics.read_bytes())
-    if start.reader is None:
-        trainer.reporter.follow(-1)
-    else:
-        trainer.reporter.follow(trainer.state.update, evaluated=not trainer.state.evaluation_due)
-    replace_file(folder.path / "config.yaml", save_config(config).encode())
-    inputs.data.tokenizer.save_pretrained(folder.path / "tokenizer")
-
-
-def _headline(config: Config, world: World, trainer: Trainer, in_tf32: bool) -> str:
-    facts, engine = trainer.facts, trainer.engine
-    parameters = sum(torch.Size(shape).numel() for shape in engine.fp32_state.shapes().values())
-    plain = facts.train.updates_per_window == ["1"]
-    taken = "an update" if plain else f"a window, in {' '.join(facts.train.updates_per_window)} updates"
-    precision = facts.train.precision + (" (products in TF32)" if in_tf32 else "")
-    over = "" if config.model.backbone == "gpt2" else f" over {config.model.backbone}"
-    kinds = {"gptb": f"{config.model.num_slots} slots{over}", "gpt2": "GPT-2", "lstm": "LSTM"}
-    kind = kinds[config.model.kind]
-    curriculum = trainer.data.windows.curriculum
-    lengths = ""
-    if curriculum is not None:
-        lengths = (
-            f"; documents of up to {curriculum.limit} tokens now, {curriculum.longest} later (task.curriculum auto)"
-        )
-    return (
-        f"{parameters / 1e6:.2f} M parameters, {kind}; {facts.lanes} lanes x"
-        f" {facts.window} columns = {facts.window_tokens:,} tokens {taken};"
-        f" {world.size} rank(s) on {world.device.type}, ZeRO {engine.stage}, {precision};"
-        f" updates {trainer.state.update} to {trainer.updates.last_update}{lengths}"
-    )
 
 
 def _run(trainer: Trainer, folder: RunFolder, world: World) -> int:
