@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -60,6 +61,8 @@ def export(options: ExportOptions) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: is not empty; name a new folder")
     model, tokenizer = load_any(options.model)
+    # transformers' saving imports accelerate, and that DeepSpeed, which otherwise says that it has found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(model, GPT2Baseline):
         return _export_gpt2(model, tokenizer, out)
     if not isinstance(model, AnyGPTB):

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from gptb_ds.config import Config, Group, load_config
+from gptb_ds.config import RECIPES, Config, Group, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config`, `--deepspeed_config` and one dotted option for each key of the configuration."""
-    parser.add_argument("--config", metavar="FILE", help="a recipe's name or a YAML file")
+    # argparse's own would list eighty options before it says what the verb does.
+    parser.usage = "gptb-ds train [--config FILE] [--deepspeed_config FILE] [--profile] [--GROUP.KEY VALUE ...]"
+    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    parser.epilog = (
+        "For example: gptb-ds train --config demo --data.path data/mine --run.dir runs/mine. The same command goes on"
+        " with a run that was stopped. A VALUE of none leaves a key out."
+    )
+    parser.add_argument("--config", metavar="FILE", help=f"a recipe's name ({recipes}) or a YAML file")
     parser.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed policy, see ds_configs/")
     parser.add_argument(
         "--profile",

@@ -133,6 +133,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]):
     text = capsys.readouterr().out
     for key in ("--model.num_slots", "--data.weights", "--optim.clip", "--train.recompute_every", "--run.keep"):
         assert key in text
+    assert text.startswith("usage: gptb-ds train [--config FILE]") and "(demo, " in text and "wide)" in text
 
 
 def test_a_missing_store_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
