@@ -29,6 +29,8 @@ class TextStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._skipped = set(tokenizer.all_special_ids)
+        if tokenizer.is_fast:  # the library tokenizers also leaves out those that are special and have no role
+            self._skipped |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._ids: list[int] = []
         self._printed = 0
         self._in_bytes = False
@@ -80,4 +82,5 @@ def _revises(tokenizer: PreTrainedTokenizerBase) -> bool:
         return type(tokenizer).__name__ != "ByT5Tokenizer"
     decoder = json.loads(backend.to_str())["decoder"] or {}
     kinds = [part["type"] for part in decoder.get("decoders", [decoder]) if part]
-    return "Fuse" in kinds and "Replace" in kinds[kinds.index("Fuse") :]
+    joined = next((place for place, kind in enumerate(kinds) if kind in ("Fuse", "ByteLevel")), len(kinds))
+    return "Replace" in kinds[joined:]

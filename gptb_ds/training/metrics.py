@@ -27,7 +27,8 @@ class AppendedFile:
     """A file that grows at its end. Only rank 0 has such files.
 
     What the disk does not take is kept and written before what comes next: while the process lives nothing is lost, and
-    nothing is torn by a write that got half through.
+    nothing is torn by a write that got half through. A file that somebody removes is written anew, with all it held;
+    without its folder writing raises.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,13 +67,29 @@ class AppendedFile:
 
     def _open_and_flush(self) -> FileIO:
         try:
+            if self._file is not None and not self._is_in_place(self._file):
+                self._put_back(self._file)
             if self._file is None:
-                self._file = FileIO(self.path, "a")
+                self._file = FileIO(self.path, "a+")
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         return self._file
+
+    def _is_in_place(self, file: FileIO) -> bool:
+        """Whether the path still names the open file: what is written to one that was removed is lost with it."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _put_back(self, file: FileIO) -> None:
+        """Writes anew what was in a file that was removed. One that another has replaced is gone on with."""
+        if not self.path.exists():
+            file.seek(0)
+            replace_file(self.path, file.readall())
+        self.close()
 
 
 class MetricsLog:

@@ -33,6 +33,7 @@ def byte_fallback() -> Any:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    tokenizer.add_special_tokens(["<reserved>"])  # special, but in no role that transformers knows
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
 
 
@@ -65,6 +66,15 @@ def replacing_at_the_end() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
 
 
+def replacing_joined_bytes() -> Any:
+    """The same behind a byte-level decoder, which joins the tokens as well; with tokens that are added to it."""
+    words = {word: number for number, word in enumerate(["<unk>", "</s>", "Ġ", "Ġ.", *"abcdefgh.Ãã"])}
+    tokenizer = Tokenizer(models.BPE(words, [], unk_token="<unk>", fuse_unk=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(" .", ".")])
+    tokenizer.add_tokens(["東京", " <tool> "])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
 def with_joints() -> Any:
     """Pieces that end in "@@" are joined to the next one, by Python at the very end (CTRL, PhoBERT)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -83,6 +93,7 @@ TOKENIZERS = {
     "WordPiece": word_piece(),
     "Unigram": unigram(),
     "replaced when joined": replacing_at_the_end(),
+    "replaced in joined bytes": replacing_joined_bytes(),
     "joints (CTRL)": with_joints(),
 }
 TEXTS = st.one_of(
@@ -124,3 +135,9 @@ def test_byte_fallback_prints_japanese() -> None:
     pieces = streamed(tokenizer, ids)
     assert "".join(pieces) == "the 日本語の文 end" and "\ufffd" not in "".join(pieces)
     assert sum(map(bool, pieces)) > 4  # and it comes in pieces
+
+
+def test_a_special_token_without_a_role_does_not_end_a_run_of_bytes() -> None:
+    tokenizer = TOKENIZERS["byte fallback"]
+    ids = tokenizer.convert_tokens_to_ids(["<0xE6>", "<reserved>", "<0x9D>", "<0xB1>"])
+    assert "".join(streamed(tokenizer, ids)) == decoded(tokenizer, ids) == "東"
