@@ -189,8 +189,9 @@ def language(lines: list[Line]) -> str:
 
 def hours(lines: list[Line]) -> str:
     """What was computed."""
-    seconds = sum(line["seconds"] for line in lines)
-    return f"{len(lines)} runs, {seconds / 3600:.1f} hours of one core (or of a share of a GPU) in all."
+    runs = [line for line in lines if "seconds" in line]
+    seconds = sum(line["seconds"] for line in runs)
+    return f"{len(runs)} runs, {seconds / 3600:.1f} hours of one core (or of a share of a GPU) in all."
 
 
 TABLES: dict[str, Callable[[list[Line]], str]] = {
@@ -262,7 +263,7 @@ def main() -> None:
         whole = not line.get("stopped") or (args.stopped and _share(line) >= 0.5)
         if whole and "error" not in line and line["name"] not in known:
             known.append(line["name"])
-            line["keys"] = {key: value for key, value in line["keys"].items() if key != "data.path"}
+            line["keys"] = {key: value for key, value in line.get("keys", {}).items() if key != "data.path"}
             lines.append(line)
     DATA.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for page in PAGES:

@@ -227,7 +227,9 @@ def _keep_model(run: Path, made: Cell) -> None:
     """The model beside the results, whose folder is two above the run's."""
     from gptb_ds.export import ExportOptions, export
 
-    name = "".join(c if c.isalnum() else "-" for c in f"{made.name['text']} {made.name['model']}")
+    name = "".join(
+        c if c.isalnum() else "-" for c in f"{made.name['text']} {made.name['model']} lr {made.name['lr']:g}"
+    )
     folder = run.parent.parent / "models" / (name + ("-longer" if "tokens" in made.name else ""))
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(exist_ok=True)
