@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         parser.error(f"{verb}: no such verb; {_hint(nearest(verb, VERBS), 'there are ' + ', '.join(VERBS))}")
     try:
-        return import_module(f"gptb_ds.commands.{verb}").run(parse(verb, argv[1:]))
+        code: int = import_module(f"gptb_ds.commands.{verb}").run(parse(verb, argv[1:]))
+        if sys.stdout is not None:  # None: closed (`>&-`)
+            sys.stdout.flush()  # what a full disk does not take is found here, not in the interpreter's last moments
+        return code
     except ValueError as error:
         # What a user gave: every line says what, where and what to do. Ranks that share a mistake say it once.
         if _is_first_of_job():
@@ -54,13 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"gptb-ds {verb}: {line}", file=sys.stderr)
         return USAGE
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_nothing_more()
         return DONE
     except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            _print_nothing_more()
+            print(f"gptb-ds {verb}: {error.strerror}, for what it prints or for a file", file=sys.stderr)
+            return FAULT
         if error.filename is None:  # not of a file that the user named
             raise
         print(f"gptb-ds {verb}: {error.filename}: {error.strerror}", file=sys.stderr)
         return FAULT
+
+
+def _print_nothing_more() -> None:
+    """What still waits to be printed goes nowhere: the interpreter would try again when it ends."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(verb: str, argv: Sequence[str]) -> argparse.Namespace:

@@ -124,3 +124,13 @@ def test_metrics_without_tokens_are_not_drawn(tmp_path: Path, capsys: pytest.Cap
 def test_a_seed_beyond_64_bits_is_refused(capsys: pytest.CaptureFixture[str]):
     assert main(["generate", "nowhere", "--seed", "9" * 30]) == 2
     assert "seed is 999999999999999999999999999999; expected a number of 64 bits" in capsys.readouterr().err
+
+
+def test_output_that_a_full_disk_does_not_take_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    path = write_store(tmp_path, [[5, 6], [7, 8, 9]])
+    with monkeypatch.context() as patched, Path("/dev/full").open("w") as full:
+        patched.setattr("sys.stdout", full)
+        assert main(["prepare", "--describe", str(path)]) == 1
+    assert capsys.readouterr().err == ("gptb-ds prepare: No space left on device, for what it prints or for a file\n")
