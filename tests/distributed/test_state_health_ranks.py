@@ -18,9 +18,10 @@ def evaluations(run: Path) -> list[dict[str, float]]:
 @pytest.mark.slow
 def test_health_is_the_same_on_two_ranks_at_stage_3_and_costs_training_nothing(store: Path, tmp_path: Path):
     one, two, without = (tmp_path / name for name in ("one", "two", "without"))
-    train(one, store, stage=0, run__eval_tokens=3000)
-    train(two, store, ranks=2, stage=3, run__eval_tokens=3000)
-    train(without, store, stage=0, run__state_health=False, run__eval_tokens=3000)
+    evaluated = {"run__eval_tokens": 3000, "run__eval_every": 12}
+    train(one, store, stage=0, **evaluated)
+    train(two, store, ranks=2, stage=3, **evaluated)
+    train(without, store, stage=0, run__state_health=False, **evaluated)
     for line, other in zip(evaluations(one), evaluations(two), strict=True):
         assert other.keys() == line.keys()
         known = {key for key, value in line.items() if value is not None}
