@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .gradient_sums import Fp32GradientSums
+from .gradient_sums import Context, Fp32GradientSums
 
 Run: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
-Context: TypeAlias = Any  # torch's, which takes what a forward leaves there for its backward
 
 
 class _Recomputed(torch.autograd.Function):
