@@ -70,7 +70,8 @@ def headline(lines: list[Line]) -> str:
     head = ["text", "tokens", "model", "bits per byte (seeds)", "against GPT-2"]
     head += ["lr", "parameters", "FLOPs of a token", "FLOPs", "seconds"]
     rows = []
-    for text, found in _of_text(lines, lambda name: "change" not in name).items():
+    by_text = _of_text(lines, lambda name: "change" not in name)
+    for text, found in sorted(by_text.items(), key=lambda item: (_text_of(item[0]), item[1][0]["tokens"])):
         best = _best_of_kinds(found)
         equal = {_kind(same[0]["name"]): same for same in reversed(best) if same[0]["tokens"] == best[0][0]["tokens"]}
         for same in best:
