@@ -16,9 +16,9 @@ from gptb_ds.loading import load_any
 from tests.harness.training import file_checksums, losses, metrics, rewind, train
 
 KINDS = {
-    "gpt2": {"model__kind": "gpt2", "model__context": 12},
-    "gpt2-in-a-window": {"model__kind": "gpt2"},
-    "lstm": {"model__kind": "lstm"},
+    "gpt2": {"model__kind": "gpt2", "model__context": 12, "run__eval_tokens": 200},
+    "gpt2-in-a-window": {"model__kind": "gpt2", "run__eval_tokens": 200},
+    "lstm": {"model__kind": "lstm", "run__eval_tokens": 200},
 }
 
 

@@ -35,6 +35,7 @@ def keys(family: str) -> dict[str, object]:
         "train__recompute_every": 2,
         "run__save_every": 1,
         "run__eval_every": 3,
+        "run__eval_tokens": 60,
         "run__sample_every": 3,
         "run__sample_tokens": 4,
     }
@@ -71,7 +72,7 @@ def test_a_run_resumes_bit_for_bit(family: str, trained, store: Path, tmp_path: 
 def test_a_run_evaluates_and_generates(family: str, trained, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(family)
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
-    read = evaluate(EvaluateOptions(str(run), [str(store)], lanes=4, window=6, max_tokens=200)).summary()
+    read = evaluate(EvaluateOptions(str(run), [str(store)], lanes=4, window=6, max_tokens=60)).summary()
     same = 1e-5 if keys(family)["train__precision"] == "fp32" else 1e-2  # what is loaded is float32
     assert read["eval_loss"] == pytest.approx(last["eval_loss"], rel=same)
     capsys.readouterr()

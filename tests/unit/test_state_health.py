@@ -196,7 +196,8 @@ def test_the_spread_is_that_of_the_states_with_the_same_answer(parity: Path):
 
 def test_a_run_writes_the_figures_and_warns_of_a_state_that_is_ignored(parity: Path, tmp_path: Path):
     """Without `rebias` no token ever reaches the state."""
-    job = train(tmp_path / "run", parity, model__rebias=False, train__updates=30, run__eval_every=10)
+    often = {"run__eval_every": 10, "run__eval_tokens": 200}
+    job = train(tmp_path / "run", parity, model__rebias=False, train__updates=30, **often)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in lines if "eval_loss" in line]
     assert [line["update"] for line in evaluations] == [0, 10, 20, 30]
