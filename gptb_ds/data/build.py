@@ -33,6 +33,7 @@ _BATCH = 128  # the most records of a batch, and
 _BATCH_BYTES = 8 << 20  # the bytes of records at which it is full
 # Bytes of text that a BPE is trained on. In text of random letters each MiB takes 130 MiB of memory and 6 seconds.
 _TRAINED_ON = 32 << 20
+_PROCESSES_A_CORE = 4  # more of them only take memory
 _SHOWN = 5  # skipped records that are named; the others are only counted
 Say = Callable[[str], None]
 
@@ -61,7 +62,8 @@ def build(work: Path, records: Records, plan: Plan, origin: Origin, say: Say) ->
     made = tokenization.load(plan.tokenizer, _training_texts(records, plan))
     encoder = Encoder(made, plan.fields, plan.stop_on_error)
     _save_tokenizer(made, work / "tokenizer")
-    processes = plan.processes or (os.cpu_count() or 1 if records.size >= _PARALLEL_FROM else 1)
+    cores = os.cpu_count() or 1
+    processes = min(plan.processes or (cores if records.size >= _PARALLEL_FROM else 1), _PROCESSES_A_CORE * cores)
     writers = SplitWriters(work, encoder.dtype, encoder.eot, plan.fields.weighted, int(plan.holdout * _KEYS))
     skipped = {"empty documents": 0, "records with errors": 0}
     for row in _encode(encoder, records, processes):
@@ -107,6 +109,12 @@ def build_task(work: Path, task: Task, holdout: float, origin: Origin, say: Say)
     """Makes the store of a generated task in the empty folder `work` and returns its manifest, `origin` included."""
     made = task.tokenizer()
     vocab_size, eot, weighted = len(task.symbols), 0, not task.is_automaton
+    needed, free = task.count * (task.min_length + task.length), shutil.disk_usage(work).free  # two bytes a token
+    if needed > free:
+        raise ValueError(
+            f"--source task:{task.name}: {task.count:,} documents need at least {needed / 1e9:,.0f} GB and the disk of"
+            f" --out has {free / 1e9:,.1f} GB left; lower count"
+        )
     say(f"generating {task.count:,} documents of {task.min_length} to {task.length}")
     _save_tokenizer(made, work / "tokenizer")
     writers = SplitWriters(work, "uint16", eot, weighted, int(holdout * _KEYS), own_targets=task.is_automaton)

@@ -64,6 +64,14 @@ class PrepareOptions:
             errors.append("--labels-field and --loss-mask-field: give one of them")
         if self.prompt_field and (self.ids_field or self.labels_field or self.loss_mask_field):
             errors.append("--prompt-field: is for text; for tokenised records give --loss-mask-field")
+        fields = ("text_field", "prompt_field", "ids_field", "labels_field", "loss_mask_field")
+        errors += [
+            f"--{name.replace('_', '-')} '': is empty (a variable that is not set?); name a field"
+            for name in fields
+            if getattr(self, name) == ""
+        ]
+        if self.prompt_field == self.text_field:
+            errors.append(f"--prompt-field {self.prompt_field}: is the text's field as well; name two fields")
         if self.separator == "":
             errors.append("--separator: must not be empty")
         errors += below_one(self, "num_proc")
@@ -86,6 +94,8 @@ def prepare(options: PrepareOptions, say: Say = lambda _: None) -> StoreManifest
     recipe = _recipe(options, found.sources)
     out = Path(options.out)
     _check_place(out, options.source, found.sources)
+    if out.is_symlink():
+        out = out.resolve()  # the store takes the place of the folder, not of the link to it
     try:
         with FileLock(out.parent / f".{out.name}.lock"):
             manifest = _existing(out, recipe, options.overwrite)

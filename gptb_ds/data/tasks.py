@@ -118,7 +118,10 @@ def parse_task(spec: str) -> Task:
         raise ValueError(f"--source {spec}: no such generated task; choose one of {', '.join(DEFAULTS)}")
     values: dict[str, int] = dict(DEFAULTS[name])
     known = {"length", "min_length", "count", "seed", *(["distance"] if name in ("copy", "recall") else [])}
-    for key, value in parse_qsl(query, keep_blank_values=True):
+    options = parse_qsl(query, keep_blank_values=True)
+    for key, value in options:
+        if [name for name, _ in options].count(key) > 1:
+            raise ValueError(f"--source {spec}: {key} is given more than once")
         if key not in known or not value.isdecimal():
             raise ValueError(
                 f"--source {spec}: {key}={value}: options are {', '.join(sorted(known))}, with whole numbers"

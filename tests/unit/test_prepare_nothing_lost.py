@@ -156,3 +156,30 @@ def test_a_dangling_link_as_the_stores_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "gone/away")
     line = fail("--source", tmp_path / "a.txt", "--out", tmp_path / "out")
     assert f"--out {tmp_path}/out: a link that leads nowhere" in line
+
+
+def test_a_store_behind_a_link_is_written_where_the_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for text, options in (("one", ()), ("two", ("--overwrite",))):
+        (tmp_path / "a.txt").write_text(text)
+        assert stored(tmp_path / "link", tmp_path / "a.txt", *options) == [text]
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "real/store.json").is_file()
+
+
+def test_options_that_would_read_the_wrong_fields_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
+    for options, words in (
+        (("--prompt-field", "text"), "--prompt-field text: is the text's field as well"),
+        (("--ids-field", ""), "--ids-field '': is empty"),
+        (("--labels-field", ""), "--labels-field '': is empty"),
+    ):
+        assert words in fail("--source", tmp_path / "a.jsonl", *options, "--out", tmp_path / "no")
+    assert stored(tmp_path / "many", tmp_path / "a.jsonl", "--num-proc", 100_000) == ["x"]
+
+
+def test_a_task_that_no_disk_would_hold_is_refused(tmp_path: Path) -> None:
+    line = fail("--source", "task:parity?count=99999999999999", "--out", tmp_path / "no")
+    assert "documents need at least" in line and "lower count" in line
+    line = fail("--source", "task:parity?length=5&length=6", "--out", tmp_path / "no")
+    assert "length is given more than once" in line
