@@ -99,9 +99,21 @@ def _hint(near: str | None, otherwise: str) -> str:
 
 
 def _is_first_of_job() -> bool:
-    """Whether this process is the first of a job, by whichever launcher."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
-    return next((os.environ[name] for name in names if os.environ.get(name)), "0") == "0"
+    """Whether this process speaks for its job: the first of it, by whichever launcher, or one that has no place in it.
+
+    A rank that is no number, or beyond the number of ranks, is such a mistake itself: nobody else would say it.
+    """
+    names = (
+        ("RANK", "WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+        ("SLURM_PROCID", "SLURM_NTASKS"),
+    )
+    for rank, size in names:
+        if place := os.environ.get(rank):
+            ranks = os.environ.get(size, "")
+            return not place.isdecimal() or int(place) == 0 or (ranks.isdecimal() and int(place) >= int(ranks))
+    return True
 
 
 class _Parser(argparse.ArgumentParser):

@@ -134,3 +134,26 @@ def test_output_that_a_full_disk_does_not_take_is_said_in_one_line(
         patched.setattr("sys.stdout", full)
         assert main(["prepare", "--describe", str(path)]) == 1
     assert capsys.readouterr().err == ("gptb-ds prepare: No space left on device, for what it prints or for a file\n")
+
+
+@pytest.mark.parametrize(
+    ("environment", "spoken"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "3", "WORLD_SIZE": "1"}, True),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, True),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, True),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, False),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ],
+)
+def test_a_rank_that_has_no_place_in_its_job_does_not_fail_in_silence(
+    environment: dict, spoken: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--data.path", "x", "--optim.lr", "-1"]) == 2
+    assert bool(capsys.readouterr().err) == spoken
