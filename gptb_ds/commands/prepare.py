@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 from gptb_ds.commands.arguments import options_of
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Makes a store, or describes one. Raises ValueError, a line for each error, for what the user has to change."""
     if not args.describe:
-        prepare(options_of(PrepareOptions, args), print)
+        prepare(options_of(PrepareOptions, args), _say)
         return 0
     if errors := below_one(args, "lanes", "window", "max_document_tokens"):
         raise ValueError("\n".join(errors))
@@ -61,3 +62,9 @@ def run(args: argparse.Namespace) -> int:
     if args.verify:
         print("verified: every byte is as it was written")
     return 0
+
+
+def _say(text: str) -> None:
+    """Prints a line, or does not (`| head`, a full disk): the store is made all the same."""
+    with suppress(OSError):
+        print(text, flush=True)

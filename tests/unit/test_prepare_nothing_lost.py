@@ -18,6 +18,7 @@ import zstandard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from gptb_ds.cli import main
 from tests.harness.stores import fail, prepare, texts_of
 
 LINES = b"".join(json.dumps({"text": os.urandom(30).hex()}).encode() + b"\n" for _ in range(3_000))
@@ -183,3 +184,15 @@ def test_a_task_that_no_disk_would_hold_is_refused(tmp_path: Path) -> None:
     assert "documents need at least" in line and "lower count" in line
     line = fail("--source", "task:parity?length=5&length=6", "--out", tmp_path / "no")
     assert "length is given more than once" in line
+
+
+def test_a_store_is_made_when_nobody_reads_what_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe, monkeypatch.context() as patched:
+        patched.setattr("sys.stdout", pipe)
+        assert (
+            main(["prepare", "--source", str(tmp_path / "a.txt"), "--holdout", "0", "--out", str(tmp_path / "s")]) == 0
+        )
+    assert texts_of(tmp_path / "s") == ["one"]
