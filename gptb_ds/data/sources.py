@@ -247,7 +247,12 @@ def _matches(pattern: Path, left_out: _LeftOut) -> Iterator[Path]:
 
     `glob.glob` of Python 3.11 enters it until the system refuses, 40 levels deep.
     """
-    parts = pattern.parts
+    # Each "**" behind another would look through the whole tree once more, for the same files.
+    parts = tuple(
+        part
+        for part, before in zip(pattern.parts, ("", *pattern.parts), strict=False)
+        if part != "**" or before != "**"
+    )
     start = Path(parts[0]) if pattern.is_absolute() else Path()
     for path in _expand(start, parts[1:] if pattern.is_absolute() else parts, ()):
         what, _ = _what(path)

@@ -196,3 +196,11 @@ def test_a_store_is_made_when_nobody_reads_what_is_printed(tmp_path: Path, monke
             main(["prepare", "--source", str(tmp_path / "a.txt"), "--holdout", "0", "--out", str(tmp_path / "s")]) == 0
         )
     assert texts_of(tmp_path / "s") == ["one"]
+
+
+def test_stars_behind_stars_cost_no_more_than_one(tmp_path: Path) -> None:
+    deep = tmp_path.joinpath("t", *["d"] * 150)
+    deep.mkdir(parents=True)
+    (deep / "a.txt").write_text("deep")
+    (tmp_path / "t/b.txt").write_text("high")
+    assert stored(tmp_path / "store", f"{tmp_path}/t/{'**/' * 30}*.txt") == ["deep", "high"]
