@@ -53,7 +53,8 @@ class TextStream:
         new = text[self._printed : len(text) - unsure]
         self._printed += len(new)
         if new and self._revises:
-            self._keep(2, unsure)
+            # As many tokens as unsure characters may have come from, and one to their left.
+            self._keep(max(2, unsure + 1), unsure)
         elif new and not unsure:
             # The last token stays as left context: some tokenizers write a space only between tokens.
             self._keep(1, 0)

@@ -129,6 +129,13 @@ def test_the_stream_of_any_tokens_is_their_decode(name: str, data: st.DataObject
     assert "".join(streamed(tokenizer, ids)) == decoded(tokenizer, ids)
 
 
+def test_broken_characters_in_a_row_are_all_printed() -> None:
+    tokenizer = TOKENIZERS["replaced in joined bytes"]
+    for count in range(1, 9):
+        ids = [tokenizer.convert_tokens_to_ids("Ã")] * count
+        assert "".join(streamed(tokenizer, ids)) == decoded(tokenizer, ids) == "\ufffd" * count
+
+
 def test_byte_fallback_prints_japanese() -> None:
     tokenizer = TOKENIZERS["byte fallback"]
     ids = tokenization.encode(tokenizer, ["the 日本語の文 end"])[0].tolist()
