@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.harness.once import made_once
 from tests.harness.training import write_corpus
 
 # Models of tests are tiny: a second thread waits for the first longer than it works, above all on a busy machine.
 torch.set_num_threads(1)
+
+# The same examples in every run of the same test, so that a failure can be repeated and none comes by chance.
+# HYPOTHESIS_PROFILE=search looks for new ones.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(scope="session")
