@@ -4,12 +4,17 @@
 
 trains models of about the same size for the same number of tokens through `gptb-ds train`, and appends a line to
 OUT/results.jsonl for each: held-out bits per byte, by position in the document too, parameters, FLOPs of a token, and
-seconds. Started again, it goes on where it stopped. First trials of seed 0 with a part of the tokens: the variants of
-each contender, at the same learning rates. Then the headline: the best of each contender's, with all tokens and three
-seeds; then GPT-2 with as much arithmetic as GPTB, and a grid of window, slots and lanes in trials. OUT/models gets the
-headline's models of seed 0, for `long_text.py`.
+seconds. Started again, it goes on where it stopped. `--parts` names what is run, in this order:
 
-`--source FILE` takes a text of your own, `--tokenizer bpe:4096` reads it in pieces of words; `--small` fits a CPU.
+    variants   every variant of each contender, seed 0, at one rate
+    rates      the best variant of each at half and twice the rate, and further as long as that is better
+    seeds      the best variant at its best rate with three seeds: the headline
+    equal      GPT-2 and the LSTM with as much arithmetic as GPTB: seven times its tokens or so
+    longer     each contender with four times the tokens
+    grid       GPTB and its twin with another window, slots, width or depth
+
+OUT/models gets the models of seed 0, for `long_text.py`. `--source FILE` takes a text of your own, `--tokenizer
+bpe:4096` reads it in pieces of words; `--small` fits a CPU.
 """
 
 from __future__ import annotations
@@ -23,14 +28,16 @@ from pathlib import Path
 
 from side_by_side import Cell, Line, Results, parameters_of, run_cells
 
-SEEDS, RATES = (0, 1, 2), (8e-3, 4e-3)  # more rates: --rates
+SEEDS = (0, 1, 2)
+FIRST_RATE, RATES = 8e-3, (1e-3, 0.256)  # where the search of rates begins, and its bounds
 PIECE = 2048  # tokens of a document, in training and when it is scored
 SHAPE: Line = {"model.n_layer": 2, "model.n_embd": 192, "model.n_head": 4, "model.num_slots": 8}
 COLUMNS: Line = {"data.lanes": 512, "data.window": 16, "train.precision": "fp32"}
 # What docs/batch.md found for wide windows, in short: Muon, and smaller updates at first.
 RECIPE: Line = {"optim.name": "muon", "train.updates_per_window": ["4:10%", "1"]}
 SMALL: Line = {"model.n_layer": 2, "model.n_embd": 64, "model.n_head": 2, "data.lanes": 64, "data.window": 16}
-WIDE_START: Line = {"model.initializer_range": 0.072}  # 1 / sqrt(192)
+WIDE = "wide"  # first weights of 1 / sqrt(width)
+WIDE_START: Line = {"start": WIDE}
 RECENT: Line = {"model.recent_tokens": 4}
 TWIN: Line = {"model.recent_tokens": 4, "model.carry": "nothing"}
 # Contender -> its variants, the first ones first.
@@ -51,13 +58,14 @@ FAMILIES: dict[str, dict[str, Line]] = {
     },
     "GPT-2": {
         "GPT-2": {"model.kind": "gpt2", "model.context": 256},
-        "GPT-2 of 4 blocks": {"model.kind": "gpt2", "model.context": 256, "model.n_layer": 4, "model.n_embd": 136},
+        "GPT-2 of 4 blocks": {"model.kind": "gpt2", "model.context": 256, "model.n_layer": 4, "width": 0.71},
         "GPT-2, context 512": {"model.kind": "gpt2", "model.context": 512},
         "GPT-2, context 128": {"model.kind": "gpt2", "model.context": 128},
+        "GPT-2, context 64": {"model.kind": "gpt2", "model.context": 64},
     },
     "LSTM": {
         "LSTM": {"model.kind": "lstm"},
-        "LSTM of 1 layer": {"model.kind": "lstm", "model.n_layer": 1, "model.n_embd": 272},
+        "LSTM of 1 layer": {"model.kind": "lstm", "model.n_layer": 1, "width": 1.417},
         "LSTM, AdamW": {"model.kind": "lstm", "optim.name": "adamw"},
     },
 }
@@ -70,40 +78,36 @@ MODELS: dict[str, Line] = {
     for variants in FAMILIES.values()
     for name, keys in list(variants.items())[place : place + 1]
 }
-TUNED = 8  # so many models have their trial at every rate, the others at the first
-# About what GPTB's blocks compute for S slots, in wider updates: they are still more than GPTB makes.
-MORE_TOKENS, MORE_LANES = 8, 4
+# As many tokens an update, whatever the window.
 GRID: dict[str, Line] = {
-    "window 4": {"data.window": 4, "data.lanes": 2048},
-    "window 32": {"data.window": 32, "data.lanes": 256},
-    "window 64": {"data.window": 64, "data.lanes": 128},
+    "window 4": {"data.window": 4},
+    "window 64": {"data.window": 64},
+    "2 slots, both of state": {"model.num_slots": 2, "model.recent_tokens": 0},
     "4 slots, 2 recent tokens": {"model.num_slots": 4, "model.recent_tokens": 2},
     "16 slots, 4 recent tokens": {"model.num_slots": 16},
-    "width 96": {"model.n_embd": 96},
-    "4 blocks": {"model.n_layer": 4, "model.n_embd": 136},
+    "window 1": {"data.window": 1},
+    "half the width": {"width": 0.5},
+    "twice the width": {"width": 2.0},
+    "4 blocks of as many weights": {"model.n_layer": 4, "width": 0.71},
 }
 
 
 def keys_of(name: Line, args: argparse.Namespace) -> Line:
     """The dotted keys of the run of this name."""
-    given = MODELS[name["model"]] | GRID.get(name.get("change", ""), {})
-    keys = SHAPE | COLUMNS | RECIPE | (SMALL if args.small else {}) | given
-    if args.small:
-        keys |= {key: SMALL[key] for key in ("model.n_layer", "model.n_embd")}
+    keys = SHAPE | COLUMNS | RECIPE | (SMALL if args.small else {})
+    tokens_an_update, heads = keys["data.lanes"] * keys["data.window"], keys["model.n_head"]
+    keys |= {"width": 1.0, "start": 0.02} | MODELS[name["model"]] | GRID.get(name.get("change", ""), {})
+    width = round(keys.pop("width") * keys["model.n_embd"] / (2 * heads)) * 2 * heads
+    start = keys.pop("start")
+    keys |= {"model.n_embd": width, "model.initializer_range": width**-0.5 if start == WIDE else start}
     kind = keys.get("model.kind")
-    if kind == "gpt2":  # as many tokens an update, in longer windows; it sees two of them
-        if args.small:
-            keys["model.context"] = 128
-        window = keys["model.context"] // 2
-        keys |= {"data.lanes": keys["data.lanes"] * keys["data.window"] // window, "data.window": window}
-    if name.get("tokens", 0) > args.tokens and kind is not None:
-        keys["data.lanes"] *= MORE_LANES
+    if kind == "gpt2":  # it sees two windows
+        keys["data.window"] = keys["model.context"] // 2
+    keys["data.lanes"] = tokens_an_update // keys["data.window"]
     graphs = {"train.graph": "on"} if args.device == "cuda" and kind is None else {}
-    # cuDNN takes no gradient of an LSTM in eval mode, which the state's health asks for.
-    health = {"run.state_health": False} if kind == "lstm" else {}
     tokens = name.get("tokens", args.tokens)
     seeds = {"optim.lr": name["lr"], "data.seed": name["seed"], "train.seed": name["seed"]}
-    return keys | graphs | health | seeds | {
+    return keys | graphs | seeds | {
         "data.path": str(args.out / "store"),
         "data.max_document_tokens": PIECE,
         "optim.warmup_tokens": tokens // 20,
@@ -118,74 +122,104 @@ class Plan:
 
     def __init__(self, results: Results, args: argparse.Namespace) -> None:
         self._results, self._args = results, args
-        self._models = list(MODELS)[: args.models]
-        share = getattr(args, "trial_share", 4)
-        self._trials = args.name if share == 1 else f"{args.name}, trials of a {share}th"
-        self._trial_tokens = args.tokens // share
-        self._every_rate = tuple(getattr(args, "rates", RATES))
+        self._models = [model for model in MODELS if model in args.models]
 
     def cells(self) -> Iterator[Cell]:
-        """The runs in the order of their worth."""
-        for name in self._names():
-            yield Cell(name, keys_of(name, self._args), score)
+        """The runs in the order of the parts, each once."""
+        seen: list[Line] = []
+        for part in self._args.parts:
+            for name in PARTS[part](self):
+                if name not in seen:
+                    seen.append(name)
+                    yield Cell(name, keys_of(name, self._args), score)
 
-    def _names(self) -> Iterator[Line]:
-        yield from (self._trial(model, self._every_rate[0]) for model in self._models)
-        yield from (self._trial(model, rate) for rate in self._every_rate[1:] for model in self._models[:TUNED])
-        best = {family: self.best(family) for family in FAMILIES}
+    def variants(self) -> Iterator[Line]:
+        """Every model with seed 0 at the first rate."""
+        yield from (self._run(model, FIRST_RATE) for model in self._models)
+
+    def rates(self) -> Iterator[Line]:
+        """The best variant of each contender at half and at twice the rate, and on in the direction that is better."""
+        for family in FAMILIES:
+            if (model := self._best_variant(family)) is not None:
+                yield from self._searched(model)
+
+    def seeds(self) -> Iterator[Line]:
+        """The best of each contender, with the other seeds."""
+        best = [found for family in FAMILIES if (found := self._best(family)) is not None]
         for seed in SEEDS:
-            for found in best.values():
-                if found is not None:
-                    yield {"text": self._args.name, **found, "seed": seed}
-            if seed == 0 and not getattr(self._args, "plain", False):
-                for found in filter(None, (best["GPT-2"], best["LSTM"])):
-                    yield {"text": self._args.name, **found, "seed": 0, "tokens": MORE_TOKENS * self._args.tokens}
-        if getattr(self._args, "plain", False):
-            return
-        yield from self._longer(best)
-        yield from self._grid(best)
+            yield from (self._run(**found, seed=seed) for found in best)
 
-    def _trial(self, model: str, rate: float) -> Line:
-        """The name of a trial; one that has all tokens is a run of the headline."""
-        name = {"text": self._trials, "model": model, "lr": rate, "seed": 0}
-        return name if self._trials == self._args.name else name | {"tokens": self._trial_tokens}
+    def equal(self) -> Iterator[Line]:
+        """GPT-2 and the LSTM with as much arithmetic as the best GPTB: as many more tokens."""
+        most = self._line_of_best_variant("GPTB")
+        for family in ("GPT-2", "LSTM"):
+            line = self._line_of_best_variant(family)
+            if most is not None and line is not None:
+                times = most["flops_per_token"] / line["flops_per_token"]
+                tokens = round(times * self._args.tokens / 1e5) * 100_000
+                yield self._run(line["name"]["model"], FIRST_RATE) | {"tokens": tokens}
 
-    def best(self, family: str) -> Line | None:
-        """Model and rate with the fewest bits per byte in the trials; None as long as one of them is to come."""
-        models = [m for m in self._models if m in FAMILIES[family] and m not in OTHER_SLOTS]
-        names = [self._trial(model, rate) for model in models for rate in self._rates(model)]
-        if not all(self._results.has_ended(name) for name in names):
-            return None
-        bits = {
-            (name["model"], name["lr"]): line["eval_bits_per_byte"]
-            for name in names
-            if (line := self._results.line(**name)) and "eval_bits_per_byte" in line
-        }
-        if not bits:
-            return None
-        model, rate = min(bits, key=lambda key: bits[key])
-        return {"model": model, "lr": rate}
+    def longer(self) -> Iterator[Line]:
+        """The best variant of each contender with four times the tokens."""
+        for family in FAMILIES:
+            if (model := self._best_variant(family)) is not None:
+                yield self._run(model, FIRST_RATE) | {"tokens": 4 * self._args.tokens}
 
-    def _rates(self, model: str) -> tuple[float, ...]:
-        return self._every_rate if model in self._models[:TUNED] else self._every_rate[:1]
-
-    def _longer(self, best: dict[str, Line | None]) -> Iterator[Line]:
-        """GPTB and its twin with four times the tokens, where the time that is left lets them end."""
-        for family in ("GPTB", "twin"):
-            found = best[family]
-            line = found and self._results.line(text=self._args.name, **found, seed=0)
-            if found is None or line is None or line.get("train_seconds") is None:
-                continue
-            name = {"text": self._args.name, **found, "seed": 0, "tokens": 4 * self._args.tokens}
-            left = getattr(self._args, "deadline", float("inf")) - time.monotonic()
-            if self._results.has_ended(name) or left > 3 * line["train_seconds"]:
-                yield name
-
-    def _grid(self, best: dict[str, Line | None]) -> Iterator[Line]:
+    def grid(self) -> Iterator[Line]:
+        """One thing changed in the first GPTB, and in its twin."""
         for change in GRID:
             for family in ("GPTB", "twin"):
-                if (found := best[family]) is not None:
-                    yield self._trial(found["model"], found["lr"]) | {"change": change}
+                yield self._run(next(iter(FAMILIES[family])), FIRST_RATE) | {"change": change}
+
+    def _run(self, model: str, lr: float, seed: int = 0) -> Line:
+        return {"text": self._args.name, "model": model, "lr": lr, "seed": seed}
+
+    def _bits(self, name: Line) -> float | None:
+        """Bits per byte of this run; infinite where it diverged; None as long as it is to come."""
+        if (line := self._results.line(**name)) is not None:
+            return line.get("eval_bits_per_byte", float("inf"))
+        return float("inf") if self._results.has_ended(name) else None
+
+    def _best_variant(self, family: str) -> str | None:
+        """The variant with the fewest bits per byte at the first rate; None as long as one is to come."""
+        models = [m for m in self._models if m in FAMILIES[family] and m not in OTHER_SLOTS]
+        bits = {model: self._bits(self._run(model, FIRST_RATE)) for model in models}
+        known = {model: value for model, value in bits.items() if value is not None}
+        return min(known, key=known.__getitem__) if known and len(known) == len(bits) else None
+
+    def _line_of_best_variant(self, family: str) -> Line | None:
+        model = self._best_variant(family)
+        return None if model is None else self._results.line(**self._run(model, FIRST_RATE))
+
+    def _searched(self, model: str) -> Iterator[Line]:
+        """The runs of this model at the first rate times powers of two, until a rate has a worse one on either side."""
+        for factor in (2.0, 0.5):
+            rate = FIRST_RATE
+            while RATES[0] <= rate * factor <= RATES[1]:
+                here, rate = self._bits(self._run(model, rate)), rate * factor
+                yield self._run(model, rate)
+                there = self._bits(self._run(model, rate))
+                if here is None or there is None or there >= here:
+                    break
+
+    def _best(self, family: str) -> Line | None:
+        """Model and rate with the fewest bits per byte; None until the search is over."""
+        if (model := self._best_variant(family)) is None:
+            return None
+        names = [self._run(model, FIRST_RATE), *self._searched(model)]
+        bits = {name["lr"]: self._bits(name) for name in names}
+        known = {rate: value for rate, value in bits.items() if value is not None}
+        return {"model": model, "lr": min(known, key=known.__getitem__)} if len(known) == len(bits) else None
+
+
+PARTS = {
+    "variants": Plan.variants,
+    "rates": Plan.rates,
+    "seeds": Plan.seeds,
+    "equal": Plan.equal,
+    "longer": Plan.longer,
+    "grid": Plan.grid,
+}
 
 
 def wanted(results: Results, args: argparse.Namespace) -> Iterator[Cell]:
@@ -205,7 +239,7 @@ def score(run: Path, made: Cell, device: str, left: float | None) -> Line:
     from gptb_ds.state_use import Reader
 
     line = parameters_of(run)
-    if made.name["seed"] == 0 and "trials" not in made.name["text"] and made.keys.get("model.kind") != "lstm":
+    if made.name["seed"] == 0 and "change" not in made.name and made.keys.get("model.kind") != "lstm":
         _keep_model(run, made)
     if left is not None and left < 10:
         return line
@@ -241,12 +275,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/text"))
     parser.add_argument("--source", default="stdlib", help="stdlib (the default), or a file or folder of text")
     parser.add_argument("--tokenizer", default="bytes")
-    parser.add_argument("--tokens", type=int, default=12_000_000, help="training tokens of each run of the headline")
-    parser.add_argument("--trial-share", type=int, default=4, help="a trial has one so-manieth of the tokens")
+    parser.add_argument("--tokens", type=int, default=3_000_000, help="training tokens of a run")
     parser.add_argument("--eval-tokens", type=int, default=400_000)
-    parser.add_argument("--models", type=int, default=len(MODELS), help="only the first so many models")
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="learning rates of the trials")
-    parser.add_argument("--plain", action="store_true", help="trials and headline only")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is run, in this order")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="only these", metavar="NAME")
     parser.add_argument("--small", action="store_true", help="two layers of width 64, for a CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side (default: 1)")
@@ -263,7 +295,6 @@ def main() -> None:
         if code := gptb_ds(["prepare", *source]):
             raise SystemExit(code)
     left = None if args.seconds is None else args.seconds - (time.monotonic() - started)
-    args.deadline = float("inf") if left is None else time.monotonic() + left
     run_cells(
         lambda results: list(wanted(results, args)),
         results,

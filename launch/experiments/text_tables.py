@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 Line = dict[str, Any]
-TRIALS = ", trials"
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -28,7 +27,7 @@ def _of_text(lines: list[Line], wanted: Callable[[Line], bool]) -> dict[str, lis
 
 def _text_of(title: str) -> str:
     """Which text, without the budget."""
-    return title.split(TRIALS)[0].rsplit(", ", 1)[0]
+    return title.rsplit(", ", 1)[0]
 
 
 def _label(name: Line) -> str:
@@ -52,12 +51,10 @@ def _kind(name: Line) -> str:
 
 
 def _best_of_kinds(lines: list[Line]) -> list[list[Line]]:
-    """Of each kind of model the one with the fewest bits per byte, and each with more tokens."""
-    best: dict[object, list[Line]] = {}
+    """Of each kind of model the one with the fewest bits per byte."""
+    best: dict[str, list[Line]] = {}
     for same in sorted(_best_of(lines), key=_mean):
-        name = same[0]["name"]
-        more = None if TRIALS in name["text"] else name.get("tokens")
-        best.setdefault((_kind(name), more), same)
+        best.setdefault(_kind(same[0]["name"]), same)
     return list(best.values())
 
 
@@ -65,66 +62,110 @@ def _mean(lines: list[Line]) -> float:
     return statistics.mean(line["eval_bits_per_byte"] for line in lines)
 
 
+def _by_tokens(lines: list[Line]) -> list[tuple[str, list[Line]]]:
+    """Text and runs of as many tokens of it, without the grid's, the most tokens last."""
+    found: dict[tuple[str, int], list[Line]] = {}
+    for text, same in _of_text(lines, lambda name: "change" not in name).items():
+        for line in same:
+            found.setdefault((_text_of(text), round(line["tokens"] / 1e5)), []).append(line)
+    return [(text, found[text, tokens]) for text, tokens in sorted(found)]
+
+
+def _row(same: list[Line], other: list[Line] | None) -> list[str]:
+    """Bits per byte of a model beside another one's, and what it costs."""
+    bits = [line["eval_bits_per_byte"] for line in same]
+    half = f" ±{(max(bits) - min(bits)) / 2:.3f}" if len(bits) > 1 else ""
+    line, flops = same[0], same[0]["flops_per_token"]
+    row = [line["name"]["model"], f"**{_mean(same):.3f}**{half} ({len(bits)})"]
+    row.append(f"{_mean(same) / _mean(other) - 1:+.1%}" if other else "-")
+    row += [f"{line['name']['lr']:g}", f"{line['parameters'] / 1e6:.2f} M", f"{flops / 1e6:.1f} M"]
+    return [*row, f"{flops * line['tokens']:.1e}", f"{statistics.mean(line['train_seconds'] for line in same):.0f}"]
+
+
+COSTS = ["lr", "parameters", "FLOPs of a token", "FLOPs", "seconds"]
+
+
 def headline(lines: list[Line]) -> str:
-    """Held-out bits per byte of the best of each kind, with what it costs, and beside GPT-2 at equal tokens."""
-    head = ["text", "tokens", "model", "bits per byte (seeds)", "against GPT-2"]
-    head += ["lr", "parameters", "FLOPs of a token", "FLOPs", "seconds"]
+    """Held-out bits per byte of the best of each kind at equal tokens, with what it costs, and beside GPT-2."""
     rows = []
-    by_text = _of_text(lines, lambda name: "change" not in name)
-    for text, found in sorted(by_text.items(), key=lambda item: (_text_of(item[0]), item[1][0]["tokens"])):
-        best = _best_of_kinds(found)
-        equal = {_kind(same[0]["name"]): same for same in reversed(best) if same[0]["tokens"] == best[0][0]["tokens"]}
-        for same in best:
-            bits = [line["eval_bits_per_byte"] for line in same]
-            half = f" ±{(max(bits) - min(bits)) / 2:.3f}" if len(bits) > 1 else ""
-            line, flops = same[0], same[0]["flops_per_token"]
-            row = [_text_of(text), f"{line['tokens'] / 1e6:.1f} M", line["name"]["model"]]
-            row.append(f"**{_mean(same):.3f}**{half} ({len(bits)})")
-            row.append(f"{_mean(same) / _mean(equal['GPT-2']) - 1:+.1%}" if "GPT-2" in equal else "-")
-            row += [f"{line['name']['lr']:g}", f"{line['parameters'] / 1e6:.2f} M", f"{flops / 1e6:.1f} M"]
-            seconds = statistics.mean(line["train_seconds"] for line in same)
-            rows.append([*row, f"{flops * line['tokens']:.1e}", f"{seconds:.0f}"])
-    return table(head, rows)
+    for text, found in _by_tokens(lines):
+        kinds = {_kind(same[0]["name"]): same for same in _best_of_kinds(found)}
+        if "GPTB" in kinds:
+            tokens = f"{found[0]['tokens'] / 1e6:.1f} M"
+            rows += [[text, tokens, *_row(same, kinds.get("GPT-2"))] for same in kinds.values()]
+    return table(["text", "tokens", "model", "bits per byte (seeds)", "against GPT-2", *COSTS], rows)
+
+
+def equal_arithmetic(lines: list[Line]) -> str:
+    """GPTB beside the others with as many FLOPs in all, which is as many more tokens."""
+    rows = []
+    for text, found in _by_tokens(lines):
+        gptb = next((same for same in _best_of_kinds(found) if _kind(same[0]["name"]) == "GPTB"), None)
+        if gptb is None:
+            continue
+        rivals = [
+            same
+            for other, more in _by_tokens(lines)
+            if other == text
+            for same in _best_of_kinds(more)
+            if "twin" not in same[0]["name"]["model"] and same != gptb and 0.8 < _flops(same) / _flops(gptb) < 1.25
+        ]
+        if rivals:
+            shown = [gptb, *rivals]
+            rows += [[text, f"{same[0]['tokens'] / 1e6:.1f} M", *_row(same, gptb)] for same in shown]
+    return table(["text", "tokens", "model", "bits per byte (seeds)", "against GPTB", *COSTS], rows)
+
+
+def _flops(same: list[Line]) -> float:
+    return same[0]["flops_per_token"] * same[0]["tokens"]
 
 
 def trials(lines: list[Line]) -> str:
     """The variants that the headline was chosen from: seed 0, bits per byte at each rate."""
     rows = []
-    for text, found in _of_text(lines, lambda name: TRIALS in name["text"] and "change" not in name).items():
-        rates = sorted({line["name"]["lr"] for line in found}, reverse=True)
-        for model in dict.fromkeys(line["name"]["model"] for line in found):
-            bits = {line["name"]["lr"]: line["eval_bits_per_byte"] for line in found if line["name"]["model"] == model}
+    for text, found in _by_tokens(lines):
+        first = [line for line in found if line["name"]["seed"] == 0 and "tokens" not in line["name"]]
+        rates = sorted({line["name"]["lr"] for line in first}, reverse=True)
+        models = list(dict.fromkeys(line["name"]["model"] for line in first))
+        if len(rates) == 1 and len(models) <= len(_best_of_kinds(first)):
+            continue
+        for model in models:
+            bits = {line["name"]["lr"]: line["eval_bits_per_byte"] for line in first if line["name"]["model"] == model}
             each = ", ".join(f"{bits[rate]:.3f} (lr {rate:g})" for rate in rates if rate in bits)
-            tokens = f"{found[0]['tokens'] / 1e6:.1f} M"
-            rows.append([_text_of(text), tokens, model, each, min(bits.values())])
+            rows.append([text, f"{first[0]['tokens'] / 1e6:.1f} M", model, each, min(bits.values())])
     rows.sort(key=lambda row: (*row[:2], row[-1]))
     return table(["text", "tokens", "model", "bits per byte"], [row[:-1] for row in rows])
 
 
 def grid(lines: list[Line]) -> str:
-    """One thing differs from the headline's GPTB and its twin, with the trials' tokens."""
+    """One thing differs from the first GPTB and its twin, at the same rate and with as many tokens."""
     rows = []
-    for found in _of_text(lines, lambda name: TRIALS in name["text"]).values():
-        changed = [line for line in found if "change" in line["name"]]
-        base = {(x["name"]["model"], x["name"]["lr"]): x for x in found if "change" not in x["name"]}
-        pairs = {(x["name"]["model"], x["name"]["lr"]) for x in changed}
-        same = [{"change": "nothing", "line": base[pair]} for pair in pairs if pair in base]
-        every = same + [{"change": x["name"]["change"], "line": x} for x in changed]
-        for change in dict.fromkeys(entry["change"] for entry in every):
-            bits = {_kind(e["line"]["name"]): e["line"] for e in every if e["change"] == change}
+    for text, found in _of_text(lines, lambda name: "tokens" not in name and name["seed"] == 0).items():
+        changes = list(dict.fromkeys(line["name"]["change"] for line in found if "change" in line["name"]))
+        like = next((line["name"]["lr"] for line in found if "change" in line["name"]), None)
+        for change in ["", *changes] if changes else []:
+            same = [x for x in found if x["name"].get("change", "") == change and x["name"]["lr"] == like]
+            bits = {_kind(line["name"]): line for line in same if line["name"]["model"] in GRID_MODELS}
             gptb, twin = (bits[kind]["eval_bits_per_byte"] if kind in bits else None for kind in ("GPTB", "twin"))
             shown = ["-" if value is None else f"{value:.3f}" for value in (gptb, twin)]
             worth = "-" if gptb is None or twin is None else f"{twin - gptb:+.3f}"
-            flops = next(iter(bits.values()))["flops_per_token"]
-            rows.append([change, *shown, worth, f"{flops / 1e6:.1f} M"])
-    return table(["differs by", "GPTB", "its twin", "the state's worth, bits", "FLOPs of a token"], rows)
+            line = bits["GPTB"] if "GPTB" in bits else bits["twin"]
+            cost = [f"{line['parameters'] / 1e6:.2f} M", f"{line['flops_per_token'] / 1e6:.1f} M"]
+            title = f"{_text_of(text)}, {line['tokens'] / 1e6:.1f} M tokens"
+            rows.append([title, change or "**nothing**", *shown, worth, *cost])
+    head = ["text", "differs by", "GPTB", "its twin", "the state's worth, bits"]
+    return table([*head, "parameters", "FLOPs of a token"], rows)
+
+
+GRID_MODELS = ("GPTB, 4 recent tokens", "its twin without a state")
 
 
 def by_position(lines: list[Line]) -> str:
     """Bits a token at the positions of a piece: the best of each kind with seed 0, of the bytes that were read most."""
-    texts = _of_text(lines, lambda name: "bytes" in name["text"] and "change" not in name)
-    most = max(texts.values(), key=lambda found: found[0]["tokens"], default=[])
-    chosen = [same[0] for same in _best_of_kinds(most) if same[0].get("by_position")]
+    texts = [found for text, found in _by_tokens(lines) if "bytes" in text]
+    whole = [same for same in map(_best_of_kinds, texts) if any(_kind(x[0]["name"]) == "GPTB" for x in same)]
+    most = max(whole, key=lambda same: same[0][0]["tokens"], default=[])
+    chosen = [same[0] for same in most if same[0].get("by_position")]
     starts = sorted({row["first"] for line in chosen for row in line["by_position"] if 16 <= row["first"] < 2048})
     rows = []
     for line in chosen:
@@ -146,6 +187,7 @@ def long_text(lines: list[Line]) -> str:
 
 TABLES: dict[str, Callable[[list[Line]], str]] = {
     "text": headline,
+    "text at equal arithmetic": equal_arithmetic,
     "text trials": trials,
     "text grid": grid,
     "text by position": by_position,
