@@ -62,6 +62,7 @@ FAMILIES: dict[str, dict[str, Line]] = {
         "GPT-2, context 512": {"model.kind": "gpt2", "model.context": 512},
         "GPT-2, context 128": {"model.kind": "gpt2", "model.context": 128},
         "GPT-2, context 64": {"model.kind": "gpt2", "model.context": 64},
+        "GPT-2, context 32": {"model.kind": "gpt2", "model.context": 32},
     },
     "LSTM": {
         "LSTM": {"model.kind": "lstm"},
