@@ -86,6 +86,8 @@ GRID: dict[str, Line] = {
     "2 slots, both of state": {"model.num_slots": 2, "model.recent_tokens": 0},
     "4 slots, 2 recent tokens": {"model.num_slots": 4, "model.recent_tokens": 2},
     "16 slots, 4 recent tokens": {"model.num_slots": 16},
+    "16 slots, 12 recent tokens": {"model.num_slots": 16, "model.recent_tokens": 12},
+    "32 slots, 24 recent tokens": {"model.num_slots": 32, "model.recent_tokens": 24},
     "window 1": {"data.window": 1},
     "half the width": {"width": 0.5},
     "twice the width": {"width": 2.0},
@@ -168,7 +170,7 @@ class Plan:
 
     def grid(self) -> Iterator[Line]:
         """One thing changed in the first GPTB, and in its twin."""
-        for change in GRID:
+        for change in self._args.changes:
             for family in ("GPTB", "twin"):
                 yield self._run(next(iter(FAMILIES[family])), FIRST_RATE) | {"change": change}
 
@@ -278,6 +280,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="bytes")
     parser.add_argument("--tokens", type=int, default=3_000_000, help="training tokens of a run")
     parser.add_argument("--eval-tokens", type=int, default=400_000)
+    parser.add_argument(
+        "--changes", nargs="+", choices=GRID, default=list(GRID), help="of the grid, only these", metavar="NAME"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is run, in this order")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="only these", metavar="NAME")
     parser.add_argument("--small", action="store_true", help="two layers of width 64, for a CPU")

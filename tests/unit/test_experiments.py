@@ -40,6 +40,7 @@ def text_plan(folder: Path, **given: object) -> argparse.Namespace:
     import text
 
     asked = {"name": "x", "small": False, "tokens": 1_000_000, "models": list(text.MODELS), "parts": list(text.PARTS)}
+    asked["changes"] = list(text.GRID)
     return argparse.Namespace(**asked | {"out": folder, "eval_tokens": 1000, "device": "cuda"} | given)
 
 
