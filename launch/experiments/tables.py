@@ -248,6 +248,16 @@ def picture(lines: list[Line], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def take_in(lines: list[Line], line: Line) -> None:
+    """Adds a run's line, or puts it in the place of one of the same name that was stopped after fewer updates."""
+    line["keys"] = {key: value for key, value in line.get("keys", {}).items() if key != "data.path"}
+    place = next((n for n, known in enumerate(lines) if known["name"] == line["name"]), None)
+    if place is None:
+        lines.append(line)
+    elif lines[place].get("stopped") and line["updates"] > lines[place]["updates"]:
+        lines[place] = line
+
+
 def read_lines(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -258,13 +268,10 @@ def main() -> None:
     parser.add_argument("--stopped", action="store_true", help="lines that were stopped behind the middle, too")
     args = parser.parse_args()
     lines = read_lines(DATA)
-    known = [line["name"] for line in lines]
     for line in (line for path in args.add for line in read_lines(path)):
         whole = not line.get("stopped") or (args.stopped and _share(line) >= 0.5)
-        if whole and "error" not in line and line["name"] not in known:
-            known.append(line["name"])
-            line["keys"] = {key: value for key, value in line.get("keys", {}).items() if key != "data.path"}
-            lines.append(line)
+        if whole and "error" not in line:
+            take_in(lines, line)
     DATA.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for page in PAGES:
         page.write_text(filled(page.read_text(), lines))

@@ -169,3 +169,13 @@ def test_the_tables_in_the_docs_are_those_of_the_recorded_runs():
         text = page.read_text()
         assert "<!-- summary -->" in text
         assert tables.filled(text, lines) == text, "run python launch/experiments/tables.py"
+
+
+def test_a_longer_run_takes_the_place_of_one_that_was_stopped(tmp_path: Path):
+    import tables
+
+    name, other = {"task": "s5", "seed": 0}, {"task": "s5", "seed": 1}
+    lines = [{"name": name, "stopped": True, "updates": 50}, {"name": other, "stopped": False, "updates": 100}]
+    for seed, updates in ((name, 40), (name, 90), (other, 120), (name, 60)):
+        tables.take_in(lines, {"name": seed, "stopped": True, "updates": updates, "keys": {"data.path": "x", "a": 1}})
+    assert [line["updates"] for line in lines] == [90, 100] and lines[0]["keys"] == {"a": 1}
