@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import torch
@@ -53,13 +54,13 @@ class GPTBDecoderModel(SlotRecurrence, GPTBDecoderPreTrainedModel):
         self.backbone = AutoModel.from_config(config.backbone, attn_implementation=config._attn_implementation)
         self.takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
         self.input_factor = _input_factor(self.backbone)
+        self._draws = any(rate > 0 for rate in _dropout_rates(self.backbone))
         self.post_init()
 
     @property
     def has_dropout(self) -> bool:
         """Whether a forward pass in training draws random numbers."""
-        keys = self.config.backbone.to_dict().items()
-        return any(isinstance(rate, float) and rate > 0 for key, rate in keys if "drop" in key)
+        return self._draws
 
     def get_input_embeddings(self) -> nn.Module:
         embedding: nn.Module = self.backbone.get_input_embeddings()
@@ -147,6 +148,14 @@ def _attention_for(config: PreTrainedConfig) -> str:
     decoder = decoder_class(config)
     has_interface = decoder is not None and hasattr(sys.modules[decoder.__module__], "eager_attention_forward")
     return SLOT_ATTENTION if has_interface and decoder is not None and decoder._supports_sdpa else "eager"
+
+
+def _dropout_rates(backbone: nn.Module) -> Iterator[float]:
+    """Of its layers and attention; the configuration also holds those of heads it does not have (GPT-NeoX's 0.1)."""
+    for module in backbone.modules():
+        if isinstance(module, nn.Dropout):
+            yield module.p
+        yield from (rate for key, rate in vars(module).items() if "drop" in key and isinstance(rate, float))
 
 
 def _input_factor(backbone: PreTrainedModel) -> float:

@@ -11,7 +11,7 @@ from tests.harness.backbones import FAMILIES
 from .conftest import Start
 
 WINDOWS = [f"window:bf16:2:1@{family}" for family in FAMILIES]
-GRAPHS = ["1:fp32:2:2:graph@llama", "0:fp32:0:1:graph@gemma2"]
+GRAPHS = ["1:fp32:2:2:graph@llama", "0:fp32:0:1:graph@gemma2", "1:bf16:0:1:graph@gpt_neox"]
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,15 @@ def resets() -> torch.Tensor:
 
 
 @each_family
+def test_dropout_is_that_of_its_own_layers(family: str):
+    """GPT-NeoX's configuration has one of 0.1 for a classifier, too, that would keep windows from being captured."""
+    config = decoder_config(family)
+    config.backbone.classifier_dropout = 0.1
+    assert not GPTBDecoderModel(config).has_dropout
+    assert small_decoder(family, backbone={"dropout": 0.1}).transformer.has_dropout
+
+
+@each_family
 def test_a_token_reaches_every_vector_of_the_state(family: str) -> None:
     model = small_decoder(family)
     check_backbone(model.transformer)
