@@ -64,13 +64,17 @@ MAIN_ABLATIONS = 6  # the first ones, which get all their seeds first
 GROUPS: dict[str, Line] = {
     "a5": {
         **{"model.num_slots": 2, "model.n_embd": 64, "optim.name": "muon"},
-        **{"data.lanes": 128, "train.updates": 4000},
+        **{"data.lanes": 128, "train.updates": 6000},
     },
     "s5": {
         **{"model.num_slots": 2, "model.n_embd": 128, "model.initializer_range": 0.125, "optim.name": "muon"},
         **{"data.lanes": 512, "train.updates": 3000},
     },
 }
+
+
+# What else was tried on the groups.
+GROUP_CHANGES: dict[str, dict[str, Line]] = {"a5": {"4,000 updates": {"train.updates": 4000}}, "s5": {}}
 
 
 def cell(stores: Path, task: str, model: str, change: str, seed: int, keys: Line) -> Cell:
@@ -120,6 +124,8 @@ def _group_baselines(stores: Path) -> Iterator[Cell]:
                 lanes = {"data.lanes": keys["data.lanes"] * 16 // window}
                 yield cell(stores, task, model, f"lr {rate:g}", 0, keys | own | lanes | {"optim.lr": rate})
         yield cell(stores, task, GPTB, "AdamW", 0, keys | {"optim.name": "adamw"})
+        for change, other in GROUP_CHANGES[task].items():
+            yield from (cell(stores, task, GPTB, change, seed, keys | other) for seed in SEEDS)
 
 
 def _baselines(stores: Path, results: Results) -> Iterator[Cell]:
