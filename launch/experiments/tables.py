@@ -100,7 +100,7 @@ def details(lines: list[Line]) -> str:
     for task, label in TASKS.items():
         for model, name in MODELS.items():
             changes = {line["name"]["change"] for line in lines_of(lines, task=task, model=model)}
-            for change in sorted(c for c in changes if c == "" or c.startswith("lr ")):
+            for change in sorted(c for c in changes if c == "" or c.startswith("lr ") or task in ("a5", "s5")):
                 found = lines_of(lines, task=task, model=model, change=change)
                 seeds = " ".join(str(line["name"]["seed"]) for line in found)
                 each = [_lengths(found), _lengths(found, "longest_90"), _tokens(found)]

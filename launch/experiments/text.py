@@ -11,6 +11,7 @@ seconds. Started again, it goes on where it stopped. `--parts` names what is run
     seeds      the best variant at its best rate with three seeds: the headline
     equal      GPT-2 and the LSTM with as much arithmetic as GPTB: seven times its tokens or so
     longer     each contender with four times the tokens
+    windows    GPTB and the LSTM with a window of 64, with as many and with four times the tokens
     grid       GPTB and its twin with another window, slots, width or depth
 
 OUT/models gets the models of seed 0, for `long_text.py`. `--source FILE` takes a text of your own, `--tokenizer
@@ -168,6 +169,13 @@ class Plan:
             if (model := self._best_variant(family)) is not None:
                 yield self._run(model, FIRST_RATE) | {"tokens": 4 * self._args.tokens}
 
+    def windows(self) -> Iterator[Line]:
+        """GPTB and the LSTM, whose gradients end with a window, with one of 64; with four times the tokens, too."""
+        for family in ("GPTB", "LSTM"):
+            if (model := self._best_variant(family)) is not None:
+                wide = self._run(model, FIRST_RATE) | {"change": "window 64"}
+                yield from (wide, wide | {"tokens": 4 * self._args.tokens})
+
     def grid(self) -> Iterator[Line]:
         """One thing changed in the first GPTB, and in its twin."""
         for change in self._args.changes:
@@ -221,6 +229,7 @@ PARTS = {
     "seeds": Plan.seeds,
     "equal": Plan.equal,
     "longer": Plan.longer,
+    "windows": Plan.windows,
     "grid": Plan.grid,
 }
 

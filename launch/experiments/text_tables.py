@@ -157,6 +157,20 @@ def grid(lines: list[Line]) -> str:
     return table([*head, "parameters", "FLOPs of a token"], rows)
 
 
+def windows(lines: list[Line]) -> str:
+    """What a longer window is worth: GPTB and the LSTM, each with the same tokens and rate."""
+    rows = []
+    for text, found in _of_text(lines, lambda name: name.get("change", "window 64") == "window 64").items():
+        for line in (line for line in found if "change" in line["name"] and _kind(line["name"]) != "twin"):
+            same = {key: value for key, value in line["name"].items() if key != "change"}
+            plain = next((other for other in found if other["name"] == same), None)
+            if plain is not None:
+                bits = [x["eval_bits_per_byte"] for x in (plain, line)]
+                row = [_text_of(text), f"{line['tokens'] / 1e6:.1f} M", line["name"]["model"]]
+                rows.append([*row, *(f"{value:.3f}" for value in bits), f"{bits[1] / bits[0] - 1:+.1%}"])
+    return table(["text", "tokens", "model", "K = 16", "K = 64", "change"], rows)
+
+
 GRID_MODELS = ("GPTB, 4 recent tokens", "its twin without a state")
 
 
@@ -189,6 +203,7 @@ TABLES: dict[str, Callable[[list[Line]], str]] = {
     "text": headline,
     "text at equal arithmetic": equal_arithmetic,
     "text trials": trials,
+    "text windows": windows,
     "text grid": grid,
     "text by position": by_position,
     "long text": long_text,
