@@ -11,7 +11,7 @@ seconds. Started again, it goes on where it stopped. `--parts` names what is run
     seeds      the best variant at its best rate with three seeds: the headline
     equal      GPT-2 and the LSTM with as much arithmetic as GPTB: seven times its tokens or so
     longer     each contender with four times the tokens
-    windows    GPTB and the LSTM with a window of 64, with as many and with four times the tokens
+    windows    GPTB and the LSTM with windows of 4 and 64, with as many and with four times the tokens
     grid       GPTB and its twin with another window, slots, width or depth
 
 OUT/models gets the models of seed 0, for `long_text.py`. `--source FILE` takes a text of your own, `--tokenizer
@@ -164,17 +164,20 @@ class Plan:
                 yield self._run(line["name"]["model"], FIRST_RATE) | {"tokens": tokens}
 
     def longer(self) -> Iterator[Line]:
-        """The best variant of each contender with four times the tokens."""
+        """The best variant of each contender with four times the tokens; all of GPT-2: the best context may grow."""
         for family in FAMILIES:
-            if (model := self._best_variant(family)) is not None:
-                yield self._run(model, FIRST_RATE) | {"tokens": 4 * self._args.tokens}
+            if (best := self._best_variant(family)) is not None:
+                rest = [m for m in self._models if m in FAMILIES[family] and m != best] if family == "GPT-2" else []
+                for model in (best, *rest):
+                    yield self._run(model, FIRST_RATE) | {"tokens": 4 * self._args.tokens}
 
     def windows(self) -> Iterator[Line]:
-        """GPTB and the LSTM, whose gradients end with a window, with one of 64; with four times the tokens, too."""
-        for family in ("GPTB", "LSTM"):
+        """GPTB and the LSTM, whose gradients end with a window, with other windows; with four times the tokens, too."""
+        for family in ("LSTM", "GPTB"):
             if (model := self._best_variant(family)) is not None:
-                wide = self._run(model, FIRST_RATE) | {"change": "window 64"}
-                yield from (wide, wide | {"tokens": 4 * self._args.tokens})
+                other = [self._run(model, FIRST_RATE) | {"change": change} for change in ("window 4", "window 64")]
+                yield from other
+                yield from (name | {"tokens": 4 * self._args.tokens} for name in other)
 
     def grid(self) -> Iterator[Line]:
         """One thing changed in the first GPTB, and in its twin."""

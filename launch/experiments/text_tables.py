@@ -158,19 +158,21 @@ def grid(lines: list[Line]) -> str:
 
 
 def windows(lines: list[Line]) -> str:
-    """What a longer window is worth: GPTB and the LSTM, each with the same tokens and rate."""
+    """What the window is worth: GPTB and the LSTM, each with the same tokens, tokens an update and rate."""
     rows = []
-    for text, found in _of_text(lines, lambda name: name.get("change", "window 64") == "window 64").items():
-        for line in (line for line in found if "change" in line["name"] and _kind(line["name"]) != "twin"):
-            same = {key: value for key, value in line["name"].items() if key != "change"}
-            plain = next((other for other in found if other["name"] == same), None)
-            if plain is not None:
-                bits = [x["eval_bits_per_byte"] for x in (plain, line)]
-                row = [_text_of(text), f"{line['tokens'] / 1e6:.1f} M", line["name"]["model"]]
-                rows.append([*row, *(f"{value:.3f}" for value in bits), f"{bits[1] / bits[0] - 1:+.1%}"])
-    return table(["text", "tokens", "model", "K = 16", "K = 64", "change"], rows)
+    for text, found in _of_text(lines, lambda name: name.get("change", WINDOWS[1]) in WINDOWS).items():
+        changed = [line for line in found if "change" in line["name"] and _kind(line["name"]) != "twin"]
+        plain = [{key: value for key, value in line["name"].items() if key != "change"} for line in changed]
+        for name in [name for number, name in enumerate(plain) if name not in plain[:number]]:
+            names = [name if change == WINDOWS[1] else name | {"change": change} for change in WINDOWS]
+            same = [next((line for line in found if line["name"] == one), None) for one in names]
+            bits = ["-" if line is None else f"{line['eval_bits_per_byte']:.3f}" for line in same]
+            tokens = next(line for line in same if line)["tokens"]
+            rows.append([_text_of(text), f"{tokens / 1e6:.1f} M", name["model"], *bits])
+    return table(["text", "tokens", "model", "K = 4", "K = 16", "K = 64"], rows)
 
 
+WINDOWS = ("window 4", "window 16", "window 64")
 GRID_MODELS = ("GPTB, 4 recent tokens", "its twin without a state")
 
 

@@ -90,7 +90,7 @@ def test_the_rate_of_each_contender_is_searched_until_both_its_neighbours_are_wo
 def test_nothing_is_chosen_before_all_variants_have_ended(tmp_path: Path):
     import text
 
-    args = text_plan(tmp_path, models=["GPT-2", "GPT-2, context 128"], parts=["variants", "rates", "seeds", "longer"])
+    args = text_plan(tmp_path, models=["GPT-2", "GPT-2, context 128"], parts=["variants", "rates", "seeds"])
     results = text.Results(tmp_path / "results.jsonl")
     first, second = names_of(text.wanted(results, args), results)
     results.add({"name": first, "eval_bits_per_byte": 2.0, "flops_per_token": 1e6})
