@@ -52,6 +52,8 @@ FAMILIES: dict[str, dict[str, Line]] = {
         "GPTB, state alone, shifted, first weights wide": WIDE_START | {"model.carry": "shift"},
         "GPTB, 6 recent tokens": {"model.recent_tokens": 6},
     },
+    # A token costs about what GPT-2's does: one vector of state, no recent tokens.
+    "2-slot GPTB": {"2-slot GPTB": {"model.num_slots": 2}},
     "twin": {
         "its twin without a state": TWIN,
         "its twin without a state, first weights wide": TWIN | WIDE_START,
