@@ -37,9 +37,10 @@ class Group(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
-        """`updates: true` (or YAML's `yes`) would be 1."""
+        """`updates: true` (or YAML's `yes`) would be 1, and so would one in a list."""
         kinds = _plain_types(cls.model_fields[info.field_name or ""].annotation)
-        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+        holds_truth = any(isinstance(each, bool) for each in (value if isinstance(value, list) else [value]))
+        if holds_truth and kinds & {int, float} and bool not in kinds:
             raise PydanticCustomError("bool_as_number", "Input should be a number, not a truth value")
         return value
 
@@ -597,7 +598,9 @@ def _read_yaml(source: str) -> dict[str, object]:
         text = path.read_text(encoding="utf-8-sig")
         _check_keys(yaml.compose(text, yaml.SafeLoader), set())
         values = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # yaml raises what comes: ValueError for 2020-13-45, KeyError for !!bool x
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold groups of keys (model:, data:, ...), not {type(values).__name__}")

@@ -149,7 +149,7 @@ def open_store(path: str | Path, split: str = "train") -> DocumentStore:
         hint = "; prepare it with a larger --holdout" if split == "validation" else ""
         raise ValueError(f"{path}: the split '{split}' has no documents{hint}")
     for name, facts in manifest["files"].items():
-        if Path(name).parts[0] in (split, "tokenizer"):
+        if name.split("/")[0] in (split, "tokenizer"):
             _check_file(path, name, facts)
     _check_split(path, split, manifest)
     store = DocumentStore(path, split, manifest)

@@ -25,6 +25,11 @@ from tests.harness.stores import write_store
         ("[" * 1_000, "not valid YAML: maximum recursion depth"),
         ("train: {updates: true}\n", "train.updates: True: input should be a number, not a truth value"),
         ("optim: {lr: yes}\n", "optim.lr: True: input should be a number, not a truth value"),
+        ("data: {weights: [yes]}\n", "data.weights: [True]: input should be a number, not a truth value"),
+        ("data: {weights: true}\n", "data.weights: [True]: input should be a number, not a truth value"),
+        ("data: {window: 2020-13-45}\n", "c.yaml: not valid YAML: month must be in 1..12"),
+        ("data: {window: !!bool x}\n", "c.yaml: not valid YAML: 'x'"),
+        ("data: {window: !!int x}\n", "c.yaml: not valid YAML: invalid literal for int()"),
         ("train: {decide: [1]}\n", "train.decide: unknown key"),
         ("train: {updates: 2020-01-01}\n", "train.updates: "),
         ("train: {updates: 3.5}\n", "train.updates: "),
@@ -157,3 +162,12 @@ def test_a_rank_that_has_no_place_in_its_job_does_not_fail_in_silence(
         monkeypatch.setenv(name, value)
     assert main(["train", "--data.path", "x", "--optim.lr", "-1"]) == 2
     assert bool(capsys.readouterr().err) == spoken
+
+
+def test_a_manifest_may_name_files_that_are_none_of_the_split(tmp_path: Path):
+    path = write_store(tmp_path, [[5, 6]])
+    manifest = json.loads((path / "store.json").read_text())
+    manifest["files"] |= {name: {"size": 1, "sha256": "", "sample": ""} for name in ("", "notes.txt")}
+    manifest["manifest_checksum"] = manifest_checksum(manifest)
+    (path / "store.json").write_text(json.dumps(manifest))
+    assert len(open_store(path).tokens) == 4
