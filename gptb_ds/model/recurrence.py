@@ -232,14 +232,16 @@ class SlotRecurrence(SlotStep):
         """Whether `recompute_every` can do without recording the first pass, see `recomputed`.
 
         Not where the blocks are no function of their inputs that can be repeated: weights that ZeRO-3 gathers by hooks,
-        random numbers, a compiled step. Nor with a hook on a weight, which would see each piece's gradient. On a GPU
-        what is recorded lies in the host's memory, and graphs hide its time.
+        random numbers, a compiled step, autocast, which is over when the backward pass comes. Nor with a hook on a
+        weight, which would see each piece's gradient. On a GPU what is recorded lies in the host's memory, and graphs
+        hide its time.
         """
         return (
             self.weights_are_seen
             and self.initial_embeds.device.type == "cpu"
             and not hasattr(self.initial_embeds, "ds_id")
             and self._compiled_step is None
+            and not torch.is_autocast_enabled("cpu")
             and not (self.training and self.has_dropout)
             and (sums is not None or not any(parameter._backward_hooks for parameter in self.parameters()))
         )
