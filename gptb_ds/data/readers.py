@@ -57,18 +57,28 @@ class Record:
 
 
 @dataclass
-class Tally:
-    """What was taken as what, counted while it is read."""
+class _Pass:
+    """What one pass through all records met."""
 
-    files: Counter[str] = field(default_factory=Counter)
     unparted: list[str] = field(default_factory=list)  # text files in which the separator occurs nowhere
     parted: int = 0
-    json_as_text: list[str] = field(default_factory=list)
     with_nul: list[str] = field(default_factory=list)  # text files that hold bytes of 0
     rows_over_lines: int = 0
     headers_again: list[str] = field(default_factory=list)  # rows that repeat their table's header
     doubtful_rows: list[str] = field(default_factory=list)  # rows over lines that may be several rows
+
+
+@dataclass
+class Tally(_Pass):
+    """What was taken as what: found when files are opened, and counted while they are read."""
+
+    files: Counter[str] = field(default_factory=Counter)
+    json_as_text: list[str] = field(default_factory=list)
     described: list[str] = field(default_factory=list)  # files about a data set, such as its README
+
+    def begin_pass(self) -> None:
+        """Counts anew what reading meets; what opening found stays."""
+        vars(self).update(vars(_Pass()))
 
     def kinds(self) -> str:
         """For people: "12 files as text, 3 as JSON records"."""
@@ -130,8 +140,7 @@ class Records:
         )
 
     def __iter__(self) -> Iterator[Record]:
-        self.tally.unparted, self.tally.parted, self.tally.rows_over_lines = [], 0, 0
-        self.tally.with_nul, self.tally.doubtful_rows = [], []
+        self.tally.begin_pass()
         for source, opened in zip(self.sources, self._opened, strict=True):
             if isinstance(opened, list):
                 for file, format in opened:

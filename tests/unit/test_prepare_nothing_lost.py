@@ -94,6 +94,15 @@ def test_a_header_that_comes_again_is_no_row(tmp_path: Path, capsys: pytest.Capt
     )
 
 
+def test_what_is_counted_is_counted_once_when_a_tokenizer_reads_the_records_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1,one\nid,text\n2,"t\nwo"\n')
+    stored(tmp_path / "store", tmp_path / "a.csv", "--tokenizer", "bpe:260")
+    said = capsys.readouterr().out
+    assert "1 rows of tables, such as" in said and "1 rows of tables hold values that span lines" in said
+
+
 def test_a_row_of_parquet_that_is_not_utf8_costs_itself_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
