@@ -174,8 +174,9 @@ def parity_benchmark(lines: list[Line]) -> str:
 
 
 def language(lines: list[Line]) -> str:
-    """Right answers of the tasks in words, by length or distance."""
-    head = ["task", "model", "seeds", "right answers by length (programs: tokens; copy, recall: blanks between)"]
+    """Loss on held-out documents like the training's, and right answers of the tasks in words by length or distance."""
+    head = ["task", "model", "seeds", "held-out loss, nats an answer"]
+    head.append("right answers by length (programs: tokens; copy, recall: blanks between)")
     rows = []
     for task in ("programs3", "copy", "recall"):
         for model, label in MODELS.items():
@@ -183,7 +184,8 @@ def language(lines: list[Line]) -> str:
             if found:
                 means = {key: statistics.mean(line["accuracy"][key] for line in found) for key in found[0]["accuracy"]}
                 shares = ", ".join(f"{key}: {share:.0%}" for key, share in means.items())
-                rows.append([task, label, str(len(found)), shares])
+                losses = " / ".join(f"{line['eval_loss']:.2g}" for line in found)
+                rows.append([task, label, str(len(found)), losses, shares])
     return table(head, rows)
 
 
