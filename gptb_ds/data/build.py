@@ -22,7 +22,8 @@ from gptb_ds.data import tokenization
 from gptb_ds.data.documents import Origin, StoreManifest
 from gptb_ds.data.encoding import Encoded, Encoder, Fields, held_out_key, read_documents
 from gptb_ds.data.long_texts import parts, sample
-from gptb_ds.data.readers import Record, Records, Tally
+from gptb_ds.data.readers import Records
+from gptb_ds.data.record import Record, Tally
 from gptb_ds.data.sources import shown
 from gptb_ds.data.tasks import Task
 from gptb_ds.data.writer import SplitWriters, write_manifest

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gptb_ds.data import tokenization
 from gptb_ds.data.formats import listed
 from gptb_ds.data.json_values import Repeated, decode
-from gptb_ds.data.readers import Record
+from gptb_ds.data.record import Record
 
 Fielded = Mapping[str, object]  # a record's fields by name
 

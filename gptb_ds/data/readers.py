@@ -2,88 +2,32 @@
 
 from __future__ import annotations
 
-import codecs
-import errno
-import io
-import itertools
-import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import IO, TYPE_CHECKING
 
+from gptb_ds.data.column_rows import open_data_set, read_columns, read_data_set
 from gptb_ds.data.formats import (
     KIND_NAMES,
     TABLE_DELIMITERS,
     Format,
     identify,
-    listed,
     reading_errors,
     reason,
     unpacked,
 )
-from gptb_ds.data.json_values import JsonValues, decode, unfinished
+from gptb_ds.data.json_records import read_json
+from gptb_ds.data.record import Record, Tally, twice
 from gptb_ds.data.sources import Reading, Source, shown
 from gptb_ds.data.tables import find_dialect, lines_of, read_rows
 
 if TYPE_CHECKING:
-    import datasets
-    import pyarrow
-
-    DataSet: TypeAlias = datasets.Dataset | datasets.IterableDataset
+    from gptb_ds.data.column_rows import DataSet
 
 _CHUNK = 1 << 20  # bytes of a text file that are looked through at once
-_ROWS_BYTES = 4 << 20  # about the most bytes of rows that are taken out of Parquet or Arrow at once
 _EXCEL = re.compile(r"sep=(.)\r?\n")
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what a full disk, a quota or a limit on files is reported as
 _REST = "what follows, to the end of the file, "
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a document is made of. `content`: text as bytes, a line of JSON as bytes, or fields by name.
-
-    `where` names it for people: file, file:line or file row. `error` is what kept it from being read. `size`: about the
-    bytes that it takes in memory.
-    """
-
-    where: str
-    kind: Literal["text", "json", "fields"]
-    content: bytes | Mapping[str, object] | None
-    size: int = 0
-    error: str | None = None
-
-
-@dataclass
-class _Pass:
-    """What one pass through all records met."""
-
-    unparted: list[str] = field(default_factory=list)  # text files in which the separator occurs nowhere
-    parted: int = 0
-    with_nul: list[str] = field(default_factory=list)  # text files that hold bytes of 0
-    rows_over_lines: int = 0
-    headers_again: list[str] = field(default_factory=list)  # rows that repeat their table's header
-    doubtful_rows: list[str] = field(default_factory=list)  # rows over lines that may be several rows
-
-
-@dataclass
-class Tally(_Pass):
-    """What was taken as what: found when files are opened, and counted while they are read."""
-
-    files: Counter[str] = field(default_factory=Counter)
-    json_as_text: list[str] = field(default_factory=list)
-    described: list[str] = field(default_factory=list)  # files about a data set, such as its README
-
-    def begin_pass(self) -> None:
-        """Counts anew what reading meets; what opening found stays."""
-        vars(self).update(vars(_Pass()))
-
-    def kinds(self) -> str:
-        """For people: "12 files as text, 3 as JSON records"."""
-        named = [f"{count:,} {'file' if count == 1 else 'files'} as {kind}" for kind, count in self.files.items()]
-        return ", ".join(named)
 
 
 class Records:
@@ -99,7 +43,7 @@ class Records:
         for source in self.sources:
             files = source.files
             if source.kind != "files":
-                data = _open_data_set(source, self.reading, self.fields, self.cache)
+                data = open_data_set(source, self.reading, self.fields, self.cache)
                 if not isinstance(data, tuple):
                     self._opened.append(data)
                     self.tally.files["data set"] += 1
@@ -146,7 +90,7 @@ class Records:
                 for file, format in opened:
                     yield from self._read_file(file, format)
             else:
-                yield from _read_data_set(opened, source.name, self.fields)
+                yield from read_data_set(opened, source.name, self.fields)
 
     def _read_file(self, file: Path, format: Format) -> Iterator[Record]:
         name = shown(file)
@@ -165,7 +109,7 @@ class Records:
 
     def _parse(self, file: Path, name: str, format: Format) -> Iterator[Record]:
         if format.kind in ("parquet", "arrow"):
-            yield from _read_columns(file, name, format.kind, self.fields)
+            yield from read_columns(file, name, format.kind, self.fields)
             return
         with unpacked(file, format.packing) as stream:
             if format.kind == "json":
@@ -205,7 +149,7 @@ class Records:
                 yield Record(where, "fields", None, error=f"{where}: {row.error}")
             elif names is None:
                 names = row.values
-                if error := _twice(where, self.fields, names):
+                if error := twice(where, self.fields, names):
                     yield Record(where, "fields", None, error=error)
                     return
             elif row.values == names and len(names) > 1:
@@ -238,244 +182,3 @@ def read_parts(stream: IO[bytes], separator: str) -> Iterator[bytes]:
             start = found.end()
         del text[:start]
     yield bytes(text)
-
-
-def _read_columns(file: Path, name: str, kind: str, fields: list[str]) -> Iterator[Record]:
-    """The rows of a Parquet or Arrow file. Only wanted columns are read, so that others may differ between files."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        if kind == "parquet":
-            parquet = pyarrow.parquet.ParquetFile(file, memory_map=True)
-            has = parquet.schema_arrow.names
-        else:
-            source = pyarrow.memory_map(str(file))
-            try:
-                arrow = pyarrow.ipc.open_file(source)
-            except pyarrow.ArrowInvalid:  # the other of Arrow's two formats, which `datasets` writes
-                source.seek(0)
-                arrow = pyarrow.ipc.open_stream(source)
-            has = arrow.schema.names
-        if error := _lacking(name, fields, has):
-            yield Record(name, "fields", None, error=error)
-            return
-        if kind == "parquet":
-            total = sum(parquet.metadata.row_group(g).total_byte_size for g in range(parquet.num_row_groups))
-            rows = max(1, min(1024, _ROWS_BYTES * parquet.metadata.num_rows // max(1, total)))
-            batches = parquet.iter_batches(rows, columns=fields)
-        elif isinstance(arrow, pyarrow.RecordBatchFileReader):
-            batches = (arrow.get_batch(number).select(fields) for number in range(arrow.num_record_batches))
-        else:
-            batches = (batch.select(fields) for batch in arrow)
-        yield from _rows_of(batches, name)
-    except pyarrow.ArrowException as error:
-        raise ValueError(reason(error)) from None
-
-
-def _read_data_set(data: DataSet, name: str, fields: list[str]) -> Iterator[Record]:
-    import datasets
-
-    if isinstance(data, datasets.IterableDataset):
-        for number, record in enumerate(data):
-            fields_of = {column: record.get(column) for column in fields}
-            yield Record(f"{shown(name)} row {number}", "fields", fields_of, len(str(fields_of)))
-        return
-    size = max(1, min(1024, _ROWS_BYTES * len(data) // max(1, data.data.nbytes)))
-    if len(data):
-        yield from _rows_of(data.select_columns(fields).with_format("arrow").iter(size), shown(name))
-
-
-def _rows_of(batches: Iterable[pyarrow.RecordBatch | pyarrow.Table], name: str) -> Iterator[Record]:
-    number = 0
-    for batch in batches:
-        size = max(1, min(1024, _ROWS_BYTES * batch.num_rows // max(1, batch.nbytes)))
-        for first in range(0, batch.num_rows, size):
-            part = batch.slice(first, size)
-            for record in _values_of(part):
-                yield Record(f"{name} row {number}", "fields", record, part.nbytes // part.num_rows)
-                number += 1
-
-
-def _values_of(batch: pyarrow.RecordBatch | pyarrow.Table) -> list[dict[str, object]]:
-    """The rows of a batch. Bytes that are not UTF-8 pass as lone surrogates, which are an error of their own row."""
-    import pyarrow
-
-    try:
-        rows: list[dict[str, object]] = batch.to_pylist()
-    except UnicodeDecodeError:
-        # Writers of other languages store any bytes in a column of text, and pyarrow converts all of them or none.
-        is_text = [pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) for kind in batch.schema.types]
-        columns = [
-            column.cast(pyarrow.large_binary()) if text else column
-            for column, text in zip(batch.columns, is_text, strict=True)
-        ]
-        rows = [
-            {
-                name: value.decode(errors="surrogateescape") if isinstance(value, bytes) and text else value
-                for name, value, text in zip(batch.schema.names, row, is_text, strict=True)
-            }
-            for row in zip(*(column.to_pylist() for column in columns), strict=True)
-        ]
-    return rows
-
-
-def _lacking(name: str, fields: list[str], has: list[str]) -> str | None:
-    missing = next((wanted for wanted in fields if wanted not in has), None)
-    if missing is not None:
-        return f"{name}: no field '{missing}'; its fields are {listed(has) or 'none'}"
-    return _twice(name, fields, has)
-
-
-def _twice(name: str, fields: list[str], has: Sequence[str]) -> str | None:
-    twice = next((wanted for wanted in fields if has.count(wanted) > 1), None)
-    return twice and f"{name}: {has.count(twice)} fields are called '{twice}'; give them names of their own"
-
-
-def _open_data_set(source: Source, reading: Reading, fields: list[str], cache: Path) -> DataSet | tuple[Path, ...]:
-    """The data set, opened; or the files that hold its split, where it is a folder of them.
-
-    `datasets` makes one table of a split's files and refuses those that differ, in columns nobody needs as well, so it
-    is only asked which files they are. Raises ValueError, in one line, when it can't be opened or lacks a field.
-    """
-    import datasets
-
-    datasets.logging.set_verbosity_error()
-    name = shown(source.name)
-    try:
-        if source.kind == "saved":
-            data = datasets.load_from_disk(source.name)
-        elif source.files:
-            builder = datasets.load_dataset_builder(source.name, reading.config, cache_dir=str(cache))
-            data = {str(split): tuple(map(Path, files)) for split, files in (builder.config.data_files or {}).items()}
-        else:
-            data = datasets.load_dataset(
-                source.name,
-                reading.config,
-                split=reading.split or "train",
-                streaming=reading.streaming,
-                cache_dir=None if reading.streaming else str(cache),
-            )
-    except Exception as error:  # the readers raise what their many formats raise
-        cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
-            raise cause from None
-        hint = "" if source.files else "no such file or folder, and as a data set of the hub it "
-        file = getattr(cause, "filename", None)
-        which = f"{shown(file)}: " if isinstance(file, str) and file else ""
-        raise ValueError(f"{name}: {hint}cannot be read ({which}{reason(cause)})") from None
-    if isinstance(data, dict):
-        wanted = reading.split or "train"
-        if wanted not in data:
-            raise ValueError(f"{name}: no split '{wanted}'; choose --split out of {', '.join(data)}")
-        data = data[wanted]
-    elif source.kind == "saved" and reading.split not in (None, str(data.split or "train")):
-        raise ValueError(f"{name}: has no split '{reading.split}', it is a single data set; leave --split out")
-    has = getattr(data, "column_names", None)
-    if has is not None and (error_line := _lacking(name, fields, has)):
-        raise ValueError(error_line)
-    return data
-
-
-def read_json(stream: IO[bytes], name: str, fields: list[str]) -> Iterator[Record]:
-    """The records of JSON lines; of an array; of objects over several lines; of an object with a list of them inside.
-
-    JSON lines are told from the rest by the first line that is not blank: a whole object there, or one that is broken.
-    No more than a record is in memory, and of the last of these forms the whole object.
-    """
-    number, first = 1, stream.readline(_CHUNK)  # an array may be one line, of any length
-    while first and not first.removeprefix(codecs.BOM_UTF8).strip():
-        number, first = number + 1, stream.readline(_CHUNK)
-    begun = first.removeprefix(codecs.BOM_UTF8).lstrip()
-    if begun.startswith(b"["):
-        yield from _read_elements(JsonValues(begun, stream, fields), name)
-        return
-    if len(first) == _CHUNK:
-        begun += stream.readline()
-    if begun.startswith(b"{"):
-        whole = _whole_object(begun, fields)
-        if whole is None:  # broken, or over several lines
-            begun, is_object = _begin_of_object(begun, stream)
-            if is_object:
-                yield from _read_values(JsonValues(begun, stream, fields), name, fields)
-                return
-            begun += stream.readline()
-        elif not all(field in whole for field in fields) or isinstance(whole[fields[0]], list):
-            following = stream.read(_CHUNK)
-            if not following.strip():
-                yield from _records_inside(whole, name, fields)
-                return
-            begun += following + stream.readline()
-    for at, line in enumerate(itertools.chain(io.BytesIO(begun), stream), number):
-        if line.strip():
-            yield Record(f"{name}:{at}", "json", line, len(line))
-
-
-def _whole_object(text: bytes, fields: list[str]) -> dict[str, object] | None:
-    """The JSON object that the text begins with, if it is whole."""
-    try:
-        value, _ = decode(text.decode(errors="ignore"), 0, fields)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _begin_of_object(begun: bytes, stream: IO[bytes]) -> tuple[bytes, bool]:
-    """`begun` and as much more as it takes to see whether it begins with an object over lines; and whether it does."""
-    while True:
-        try:
-            json.JSONDecoder().raw_decode(begun.decode(errors="ignore"))
-            return begun, True
-        except json.JSONDecodeError as error:
-            more = stream.read(max(1 << 16, len(begun))) if unfinished(error) else b""
-        except (ValueError, RecursionError):
-            more = b""
-        if not more:
-            return begun, False
-        begun += more
-
-
-def _read_elements(values: JsonValues, name: str) -> Iterator[Record]:
-    """The elements of a JSON array, one at a time: a mistake in the text costs only the elements after it."""
-    values.skip("[")
-    number, more = 0, values.next_sign() != "]"
-    while more:
-        element, size = values.value()
-        number += 1
-        yield Record(f"{name} (record {number})", "fields", _as_fields(element), size)
-        more = values.skip(",")
-        values.next_sign()
-    if not values.skip("]") or values.next_sign():
-        raise values.fail("expected ',' or the array's end")
-
-
-def _read_values(values: JsonValues, name: str, fields: list[str]) -> Iterator[Record]:
-    """JSON values one after another, with any white space between them."""
-    number = 0
-    while values.next_sign():
-        value, size = values.value()
-        number += 1
-        if number == 1 and not values.next_sign() and isinstance(value, dict):
-            yield from _records_inside(value, name, fields)
-        else:
-            yield Record(f"{name} (record {number})", "fields", _as_fields(value), size)
-
-
-def _as_fields(value: object) -> Mapping[str, object]:
-    """A JSON value as a record's content; one that is no object is refused where its fields are looked for."""
-    return cast("Mapping[str, object]", value)
-
-
-def _records_inside(value: dict[str, object], name: str, fields: list[str]) -> Iterator[Record]:
-    """The records of a file that is one object: its list of objects, its columns, or itself."""
-    lists = {key: v for key, v in value.items() if isinstance(v, list) and v and all(isinstance(e, dict) for e in v)}
-    columns = [column for field in fields if isinstance(column := value.get(field), list)]
-    if len(lists) == 1 and not all(field in value for field in fields):
-        ((key, elements),) = lists.items()
-        for number, element in enumerate(elements, 1):
-            yield Record(f"{name} ({key} {number})", "fields", element, len(str(element)))
-    elif len(columns) == len(fields) and all(isinstance((column or [None])[0], (str, list)) for column in columns):
-        for number, row in enumerate(itertools.zip_longest(*columns), 1):
-            yield Record(f"{name} (row {number})", "fields", dict(zip(fields, row, strict=True)), len(str(row)))
-    else:
-        yield Record(f"{name} (record 1)", "fields", value, len(str(value)))

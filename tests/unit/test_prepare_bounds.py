@@ -16,7 +16,8 @@ from gptb_ds.data import build, long_texts, tokenization
 from gptb_ds.data.build import _batches
 from gptb_ds.data.documents import load_tokenizer, open_store
 from gptb_ds.data.encoding import held_out_key
-from gptb_ds.data.readers import Record, read_json
+from gptb_ds.data.json_records import read_json
+from gptb_ds.data.record import Record
 from gptb_ds.data.sources import Reading, find_sources
 from gptb_ds.data.writer import write_manifest
 from tests.harness.stores import prepare, texts_of
