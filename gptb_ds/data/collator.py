@@ -18,7 +18,8 @@ import torch
 
 from gptb_ds.data.corpus import Corpus
 from gptb_ds.data.curriculum import Curriculum
-from gptb_ds.data.lanes import Cursor, Ints, Locate, ShuffledOrder, below, keys_of, rank_lanes
+from gptb_ds.data.document_order import Ints, Locate, ShuffledOrder, below, keys_of
+from gptb_ds.data.lanes import Cursor, rank_lanes
 from gptb_ds.data.stagger import StaggeredOrder
 from gptb_ds.data.window import Window, fill_window
 

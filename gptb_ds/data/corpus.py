@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from gptb_ds.data.document_order import Pieces, shares_of_picks
 from gptb_ds.data.documents import DocumentStore, open_store
-from gptb_ds.data.lanes import Pieces, shares_of_picks
 
 
 class Corpus:

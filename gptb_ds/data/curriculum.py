@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gptb_ds.data.lanes import Ints
+from gptb_ds.data.document_order import Ints
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gptb_ds.data.document_order import Pieces
 from gptb_ds.data.documents import SPLITS, open_store, read_store_manifest
-from gptb_ds.data.lanes import Pieces
 
 _LANES = (64, 256, 1024, 4096, 16384)
 _BAR = 40

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gptb_ds.data.corpus import Corpus
-from gptb_ds.data.lanes import NOTHING, Cursor, FixedOrder, Ints, Pieces, rank_lanes
+from gptb_ds.data.document_order import NOTHING, FixedOrder, Ints, Pieces
+from gptb_ds.data.lanes import Cursor, rank_lanes
 from gptb_ds.data.window import Window, fill_window
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from gptb_ds.data.corpus import Corpus
+from gptb_ds.data.document_order import FixedOrder, Ints
 from gptb_ds.data.held_out import choose
-from gptb_ds.data.lanes import FixedOrder, Ints
 from gptb_ds.data.window import Window
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gptb_ds.data.lanes import Ints, ShuffledOrder, below, keys_of
+from gptb_ds.data.document_order import Ints, ShuffledOrder, below, keys_of
 
 _STREAM = 1 << 40  # of keys, beside those of the shuffled order
 _HEADS = 1 << 40  # times the lanes: what is added to the ordinal of a document when its head is read

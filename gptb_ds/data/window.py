@@ -14,7 +14,8 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from gptb_ds.data.corpus import Corpus
-from gptb_ds.data.lanes import CopyPlan, Ints, runs
+from gptb_ds.data.document_order import Ints
+from gptb_ds.data.lanes import CopyPlan, runs
 
 _TURNED_LANES = 256
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from gptb_ds.data.collator import LaneCollator
 from gptb_ds.data.corpus import Corpus
-from gptb_ds.data.lanes import Pieces, ShuffledOrder
+from gptb_ds.data.document_order import Pieces, ShuffledOrder
 from gptb_ds.data.window import Window
 from tests.harness.stores import EOT, make_corpus, numbered_documents, together
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptb_ds.data.corpus import Corpus
+from gptb_ds.data.document_order import Pieces
 from gptb_ds.data.held_out import Choice, held_out_windows, share_out
-from gptb_ds.data.lanes import Pieces
 from gptb_ds.data.window import Window
 from tests.harness.stores import EOT, make_corpus, numbered_documents, together
 

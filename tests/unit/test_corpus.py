@@ -10,8 +10,8 @@ import pytest
 
 from gptb_ds.data.collator import LaneCollator
 from gptb_ds.data.corpus import open_corpus
+from gptb_ds.data.document_order import MIX_BLOCK, ShuffledOrder
 from gptb_ds.data.documents import open_store
-from gptb_ds.data.lanes import MIX_BLOCK, ShuffledOrder
 from tests.harness.stores import make_corpus, numbered_documents, together, write_store
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptb_ds.data.lanes import MIX_BLOCK, NOTHING, Cursor, FixedOrder, Pieces, ShuffledOrder, permute, rank_lanes, runs
+from gptb_ds.data.document_order import MIX_BLOCK, NOTHING, FixedOrder, Pieces, ShuffledOrder, permute
+from gptb_ds.data.lanes import Cursor, rank_lanes, runs
 
 
 def pieces_of(lengths: list[int], limit: int | None = None) -> Pieces:

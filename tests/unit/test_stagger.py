@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from gptb_ds.data.collator import LaneCollator
 from gptb_ds.data.corpus import Corpus
-from gptb_ds.data.lanes import ShuffledOrder
+from gptb_ds.data.document_order import ShuffledOrder
 from gptb_ds.data.stagger import StaggeredOrder
 from tests.harness.stores import EOT, make_corpus, numbered_documents, together
 
