@@ -1,6 +1,7 @@
 """The global order of documents, D(0), D(1), ..: keyed permutations, fresh in each epoch, and mixtures of stores.
 
 Pure arithmetic: a function of (documents, seed), of which any place can be asked for alone.
+
 Axes: N documents. All arrays but keys are int64.
 """
 

@@ -42,8 +42,8 @@ class AppendedFile:
         return bool(self._unwritten)
 
     def content(self) -> bytes:
-        """All that was written, what the disk did not take included."""
-        return (self.path.read_bytes() if self.path.exists() else b"") + self._unwritten
+        """All that was written, what the disk did not take included, and what was in a file that was removed."""
+        return (self.path.read_bytes() if self.path.exists() else self._removed()) + self._unwritten
 
     def replace(self, content: bytes) -> None:
         """Goes on after this `content` instead. Raises OSError, and nothing has changed."""
@@ -68,7 +68,7 @@ class AppendedFile:
     def _open_and_flush(self) -> FileIO:
         try:
             if self._file is not None and not self._is_in_place(self._file):
-                self._put_back(self._file)
+                self._put_back()
             if self._file is None:
                 self._file = FileIO(self.path, "a+")
             while self._unwritten:
@@ -84,12 +84,18 @@ class AppendedFile:
         except FileNotFoundError:
             return False
 
-    def _put_back(self, file: FileIO) -> None:
+    def _put_back(self) -> None:
         """Writes anew what was in a file that was removed. One that another has replaced is gone on with."""
         if not self.path.exists():
-            file.seek(0)
-            replace_file(self.path, file.readall())
+            replace_file(self.path, self._removed())
         self.close()
+
+    def _removed(self) -> bytes:
+        """What the open file holds, which has no name any more."""
+        if self._file is None:
+            return b""
+        self._file.seek(0)
+        return self._file.readall()
 
 
 class MetricsLog:

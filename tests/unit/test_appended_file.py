@@ -21,6 +21,16 @@ def test_a_file_that_is_removed_is_written_anew_with_all_it_held(tmp_path: Path)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"update": 1}\n{"update": 2}\n'
 
 
+def test_training_that_goes_back_keeps_the_lines_of_a_file_that_was_removed(tmp_path: Path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for update in (1, 2, 3):
+        log.write({"update": update})
+    (tmp_path / "metrics.jsonl").unlink()
+    assert log.cut_after(2) == [{"update": 1}, {"update": 2}]
+    log.write({"update": 3})
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [f'{{"update": {n}}}' for n in (1, 2, 3)]
+
+
 def test_a_file_that_is_replaced_is_gone_on_with(tmp_path: Path):
     """As an editor does that saves it."""
     file = AppendedFile(tmp_path / "a")
