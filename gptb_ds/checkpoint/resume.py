@@ -18,6 +18,11 @@ from gptb_ds.distributed.slurm import slurm_continues
 from gptb_ds.distributed.world import World
 
 
+def resume_now(resume: str) -> str:
+    """`run.resume` as it counts for this start: a job that Slurm has started before goes on, however it began."""
+    return "auto" if slurm_continues(os.environ) else resume
+
+
 def choose_checkpoint(
     resume: str, run: Path, world: World, say: Callable[[str], None]
 ) -> tuple[Path | None, list[Path]]:
@@ -28,9 +33,9 @@ def choose_checkpoint(
     """
     folders = world.on_rank0(checkpoint_folders, run)
     everything = [run / "checkpoints", run / "metrics.jsonl", run / "config.yaml"]
-    if resume != "auto" and slurm_continues(os.environ):
+    if resume != resume_now(resume):
         say(f"this job has run before: --run.resume {resume} was for its first start, now it is auto")
-        resume = "auto"
+        resume = resume_now(resume)
     if resume == "never":
         return None, everything
     if resume == "auto":

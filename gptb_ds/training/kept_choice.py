@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from gptb_ds.checkpoint.resume import resume_now
 from gptb_ds.config import Config
 
 
@@ -32,16 +33,24 @@ def kept_number(config: Config, key: str) -> int | None:
 
 def _kept(config: Config, key: str, before: object = None) -> object:
     """What the config.yaml of the run which goes on has for `key`; `before` where it lacks the key."""
-    resume = config.run.resume
-    if resume == "never":
+    folder = _goes_on(config)
+    if folder is None:
         return None
-    # A checkpoint is RUN/checkpoints/step-N.
-    folder = Path(config.run.dir) if resume == "auto" else Path(resume).resolve().parent.parent
     group, name = key.split(".")
     try:
         return yaml.safe_load((folder / "config.yaml").read_text()).get(group, {}).get(name, before)
     except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError):
         return None
+
+
+def _goes_on(config: Config) -> Path | None:
+    """The folder of the run which goes on: this one, or that of the named checkpoint."""
+    resume = resume_now(config.run.resume)
+    if resume in ("auto", "never"):
+        return Path(config.run.dir) if resume == "auto" else None
+    # A checkpoint is RUN/checkpoints/step-N, of which either folder may be a link.
+    runs = [checkpoint.parent.parent for checkpoint in (Path(resume).absolute(), Path(resume).resolve())]
+    return next((run for run in runs if (run / "config.yaml").is_file()), None)
 
 
 def with_kept_order(config: Config) -> Config:

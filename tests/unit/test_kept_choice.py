@@ -57,3 +57,28 @@ def test_a_checkpoint_of_another_run_brings_its_choices(tmp_path: Path):
     new = config(tmp_path / "new", **{"run.resume": str(tmp_path / "checkpoints" / "step-00000004")})
     assert with_kept_order(new).data.stagger == "off"
     assert kept_number(new, "data.lanes") == 64
+
+
+def test_checkpoints_behind_a_link_are_of_the_run_that_has_the_link(tmp_path: Path):
+    run, elsewhere = tmp_path / "run", tmp_path / "large" / "disk"
+    run.mkdir()
+    (elsewhere / "step-00000004").mkdir(parents=True)
+    (run / "checkpoints").symlink_to(elsewhere)
+    saved_before_the_keys(run, False)
+    named = config(tmp_path / "new", **{"run.resume": str(run / "checkpoints" / "step-00000004")})
+    assert with_kept_order(named).data.stagger == "off"
+
+
+def test_a_link_to_a_checkpoint_is_followed_to_its_run(tmp_path: Path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "best").symlink_to("run/checkpoints/step-00000004")
+    saved_before_the_keys(run, False)
+    assert with_kept_order(config(tmp_path / "new", **{"run.resume": str(tmp_path / "best")})).data.stagger == "off"
+
+
+def test_a_requeued_job_keeps_its_choices_though_it_began_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Slurm repeats its command, `--run.resume never` included, and the run then goes on from its own checkpoint."""
+    saved_before_the_keys(tmp_path, False)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert with_kept_order(config(tmp_path, **{"run.resume": "never"})).data.stagger == "off"
