@@ -16,6 +16,8 @@ from gptb_ds.training.train_state import RunFacts
 
 # Of the free memory: allocators lose some of it between blocks.
 _USABLE = 0.9
+# Of what a column keeps, with `train.recompute_cheap`.
+_CHEAP_KEEPS = 2 / 3
 # Errors that mean memory, though no allocator of torch's raised them.
 _NO_MEMORY = (
     *("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed"),
@@ -85,9 +87,10 @@ def device_error(error: BaseException, facts: RunFacts, ranks: int) -> str:
 
 def _fitting(facts: RunFacts, lanes: int, memory: GpuMemory | None) -> list[str]:
     """Settings that need less; with `memory`, those that fit."""
-    groups, every = facts.train.most_groups, facts.train.recompute_every
-    root = max(1, isqrt(facts.window))
-    columns = [c for c in (root, root // 2, root // 4, 1) if 0 < c < (every or facts.window)]
+    groups, every, cheap = facts.train.most_groups, facts.train.recompute_every, facts.train.recompute_cheap
+    root = max(1, isqrt(facts.window)) if facts.can_recompute else 0
+    columns = [c for c in (root, root // 2, root // 4, min(root, 1)) if 0 < c < (every or facts.window)]
+    instead = "--train.recompute_cheap false " if cheap else ""  # it is one or the other
     more = [n for n in divisors(lanes) if n > groups and n % groups == 0]
 
     def fits(n: int, c: int) -> bool:
@@ -97,10 +100,15 @@ def _fitting(facts: RunFacts, lanes: int, memory: GpuMemory | None) -> list[str]
         return f" ({_gib(_need(facts, lanes // n, c, memory))})" if memory else ""
 
     found = []
+    if facts.can_recompute and not (every or cheap or facts.train.compile == "on"):
+        kept = _CHEAP_KEEPS * _need(facts, lanes // groups, 0, memory)
+        if memory is None or kept <= _USABLE * memory.free:
+            takes_cheap = f" ({_gib(kept)})" if memory else ""
+            found.append(f"--train.recompute_cheap true keeps about two thirds of each column{takes_cheap}")
     shorter = next((c for c in columns if fits(groups, c)), None)
     if shorter is not None:
-        kept = f"--train.recompute_every {shorter} keeps {shorter} columns and computes a third more"
-        found.append(kept + takes(groups, shorter))
+        keeps = f"{instead}--train.recompute_every {shorter} keeps {shorter} columns and computes a third more"
+        found.append(keeps + takes(groups, shorter))
     several = next((n for n in more if fits(n, every)), None)
     if several is not None:
         found.append(
@@ -109,12 +117,16 @@ def _fitting(facts: RunFacts, lanes: int, memory: GpuMemory | None) -> list[str]
     if not found:
         both = next(((n, c) for n in more for c in columns if fits(n, c)), None)
         if both is not None:
-            found.append(f"--train.lane_groups {both[0]} with --train.recompute_every {both[1]}{takes(*both)}")
+            found.append(f"{instead}--train.lane_groups {both[0]} with --train.recompute_every {both[1]}{takes(*both)}")
     return found
 
 
 def _need(facts: RunFacts, lanes: int, every: int, memory: GpuMemory | None) -> float:
-    return memory.window.kept(lanes, facts.window, every) if memory else 0.0
+    if memory is None:
+        return 0.0
+    # Of a run with `recompute_cheap` the columns are measured with it, which `recompute_every` does without.
+    whole = 1 / _CHEAP_KEEPS if every and facts.train.recompute_cheap else 1
+    return whole * memory.window.kept(lanes, facts.window, every)
 
 
 def _room(memory: GpuMemory) -> str:

@@ -82,6 +82,7 @@ def read_inputs(config: Config, world: World) -> Inputs:
         skips=config.data.skips(),
         is_task=corpus.tokenizer.startswith("task:"),
         grow_at=config.task.grow_at,
+        can_recompute=config.model.kind == "gptb",
     )
     held_out = _held_out(config, world, corpus)
     warnings = [] if held_out else [f"nothing is held out in {' '.join(config.data.path)}: no evaluation"]

@@ -27,6 +27,7 @@ class RunFacts:
     `lanes` and `window` are L and K. `bytes_per_target` turns nats into bits per byte of text; None where they mean
     nothing, see `Corpus.bytes_per_target`. `skips` are (lanes, columns) that are read but not learnt from.
     `is_task`: right answers are counted. `grow_at`: the running accuracy at which a curriculum's documents grow.
+    `can_recompute`: columns can be computed again in the backward pass, which models to compare with don't offer.
     """
 
     lanes: int
@@ -40,6 +41,7 @@ class RunFacts:
     skips: tuple[tuple[range, range], ...] = ()
     is_task: bool = False
     grow_at: float = 0.95
+    can_recompute: bool = True
 
     @property
     def window_tokens(self) -> int:

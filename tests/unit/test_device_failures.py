@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from gptb_ds.config import OptimConfig, RunConfig, TrainConfig
+from gptb_ds.config import OptimConfig, RunConfig, TrainConfig, load_config
 from gptb_ds.model.configuration import GPTBConfig
 from gptb_ds.training.device_failures import DeviceFailureError, GpuMemory, named_failures, out_of_memory
 from gptb_ds.training.sizes import WindowMemory
@@ -78,3 +79,16 @@ def test_an_error_of_a_collective_stays_one_though_it_quotes_the_device():
     """It mostly comes of another rank's end, and is told as that."""
     with pytest.raises(dist.DistError), named_failures(facts_of(), 2):
         raise dist.DistBackendError("NCCL error in: x.cpp:1, unhandled cuda error (run with NCCL_DEBUG=INFO)")
+
+
+def test_no_setting_is_named_that_the_configuration_refuses():
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    for kind, train in (("gptb", {}), ("gptb", {"recompute_cheap": True}), ("gptb", {"compile": "on"}), ("lstm", {})):
+        facts = dataclasses.replace(facts_of(**train), can_recompute=kind == "gptb")
+        options = re.findall(r"((?:--train\.\w+ \w+ ?)+)", out_of_memory(error, facts, 1))
+        assert len(options) == {"gptb": 2 if train else 3, "lstm": 1}[kind]
+        for together in options:
+            words = together.replace("--", "").split()
+            given = {f"train.{key}": value for key, value in train.items()}
+            given |= dict(zip(words[::2], words[1::2], strict=True))
+            load_config(None, {"data.path": "s", "data.lanes": 1024, "model.kind": kind} | given)
