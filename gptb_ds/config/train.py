@@ -34,7 +34,7 @@ class TrainConfig(Group):
     recompute_cheap: bool = Field(
         False,
         description="keep products and attention of every step, and compute norms and activation functions again in the"
-        " backward pass: about two thirds of the memory, a few percent of the time",
+        " backward pass: about two thirds of the memory, a sixth more time on a CPU",
     )
     graph: Switch = Field(
         "auto",
