@@ -148,7 +148,8 @@ def _begin_with_end_of_text(model: AnyGPTB, new: Collection[str]) -> None:
     if config.preserve_decoder and "transformer.initial_embeds" in new:
         end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
         with torch.no_grad():
-            model.transformer.initial_embeds[-config.recent_tokens :] = model.transformer.embed(torch.tensor(end or 0))
+            first = config.num_slots - 1 - config.recent_tokens
+            model.transformer.initial_embeds[first:] = model.transformer.embed(torch.tensor(end or 0))
 
 
 def _line(model: AnyGPTB, path: str, new: list[str], padding: int) -> str:

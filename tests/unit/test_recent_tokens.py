@@ -116,6 +116,16 @@ def test_a_warm_start_is_the_decoder_at_its_context(decoder: tuple[PreTrainedMod
     assert abs(ours / expected - 1) < 0.01
 
 
+def test_the_state_begins_as_it_was_drawn_also_where_no_tokens_are_carried(
+    decoder: tuple[PreTrainedModel, Path],
+) -> None:
+    original, folder = decoder
+    for recent in (0, 1):
+        model = warm_start(config_over(original, recent_tokens=recent, preserve_decoder=True), str(folder))
+        state_NE = model.transformer.initial_embeds[: SLOTS - 1 - recent]
+        assert len(state_NE) == len(torch.unique(state_NE, dim=0))
+
+
 def test_the_gate_opens_and_a_token_reaches_the_state(decoder: tuple[PreTrainedModel, Path]) -> None:
     original, folder = decoder
     model = warm_start(config_over(original, recent_tokens=C, preserve_decoder=True), str(folder))
