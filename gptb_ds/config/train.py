@@ -43,7 +43,8 @@ class TrainConfig(Group):
     )
     compile: Switch = Field(
         "auto",
-        description="compile the step with torch.compile (auto: on CPUs, in runs estimated at twenty minutes or more)",
+        description="compile the step with torch.compile (auto: on CPUs, in runs estimated at twenty minutes or more,"
+        " without recompute_cheap)",
     )
     seed: int = Field(0, ge=0, description="initialisation and dropout")
     max_bad_updates: int = Field(10, ge=1, description="stop after so many non-finite updates in a row")

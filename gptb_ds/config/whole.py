@@ -87,6 +87,11 @@ class Config(Group):
             errors.append(
                 "train.recompute_cheap keeps products of every step, and train.recompute_every none: choose one"
             )
+        if self.train.recompute_cheap and self.train.compile == "on":
+            errors.append(
+                "train.recompute_cheap has no say in a compiled step, of which the compiler chooses what is kept; leave"
+                " it or train.compile on out"
+            )
         if errors:
             raise ValueError("\n".join(errors))
         return self

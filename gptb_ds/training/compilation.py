@@ -27,11 +27,13 @@ def with_compilation(config: Config, device: torch.device) -> Config:
     """`config` with "on" or "off" in the place of `train.compile auto`.
 
     A run that has one keeps it: the other would round differently. "auto" is on for runs on CPUs that are estimated to
-    take `WORTH_SECONDS` or longer; on a GPU compiled windows are slower.
+    take `WORTH_SECONDS` or longer; on a GPU compiled windows are slower. With `recompute_cheap`, which has no say in a
+    compiled step, it is off.
     """
     if config.train.compile != "auto":
         return config
-    chosen = kept_choice(config, "train.compile", ("on", "off"))
+    cheap = config.train.recompute_cheap
+    chosen = "off" if cheap else kept_choice(config, "train.compile", ("on", "off"))
     if chosen is None:
         can_pay = config.model.kind == "gptb" and device.type == "cpu"
         worth = can_pay and estimated_seconds(config, device) >= WORTH_SECONDS
