@@ -29,6 +29,19 @@ class Config(Group):
 
     @model_validator(mode="after")
     def _groups_fit(self) -> Config:
+        errors = [
+            *self._schedule_errors(),
+            *self._lane_group_errors(),
+            *self._store_errors(),
+            *self._only_for_gptb(),
+            *self._window_errors(),
+        ]
+        if errors:
+            raise ValueError("\n".join(errors))
+        return self
+
+    def _schedule_errors(self) -> list[str]:
+        """A line for each part of the schedule that does not fit the run's length."""
         errors = []
         optim, train = self.optim, self.train
         if train.tokens is None and optim.warmup_tokens is None and optim.warmup_updates > train.updates:
@@ -54,13 +67,22 @@ class Config(Group):
                 f"optim.{' and optim.'.join(in_updates)} with train.updates_per_window auto: when an update comes is"
                 " not known; give optim.warmup_tokens and optim.decay_tokens"
             )
+        return errors
+
+    def _lane_group_errors(self) -> list[str]:
+        """A line when lanes can't be shared by the groups."""
+        train = self.train
         if self.data.lanes % train.most_groups:
             key = "lane_groups" if train.most_groups == train.lane_groups else "updates_per_window"
-            errors.append(
+            return [
                 f"train.{key} {train.most_groups} does not divide data.lanes {self.data.lanes};"
                 f" choose one of {divisors(self.data.lanes)}"
-            )
-        errors += [
+            ]
+        return []
+
+    def _store_errors(self) -> list[str]:
+        """A line for each store that is named twice, or is the run's folder."""
+        errors = [
             f"run.dir {self.run.dir}: is the store of data.path, whose tokenizer the run would replace; name another"
             for path in self.data.path
             if Path(path).resolve() == Path(self.run.dir).resolve()
@@ -72,7 +94,11 @@ class Config(Group):
             for number, path in enumerate(self.data.path)
             if places[number] in places[:number]
         ]
-        errors += self._only_for_gptb()
+        return errors
+
+    def _window_errors(self) -> list[str]:
+        """A line for each way of taking a window that does not fit it, or another one."""
+        errors = []
         if (self.model.context or self.data.window) < self.data.window:
             errors.append(
                 f"model.context {self.model.context} is below data.window {self.data.window}; a window is read in one"
@@ -92,9 +118,7 @@ class Config(Group):
                 "train.recompute_cheap has no say in a compiled step, of which the compiler chooses what is kept; leave"
                 " it or train.compile on out"
             )
-        if errors:
-            raise ValueError("\n".join(errors))
-        return self
+        return errors
 
     def _only_for_gptb(self) -> list[str]:
         """A line for each key that was set and means nothing to a model to compare with."""
