@@ -98,7 +98,7 @@ def read_rows(lines: Iterator[str], dialect: Dialect, first_line: int = 1) -> It
             continue
         doubtful = False
         if columns is None:
-            columns = _Columns(len(values))
+            columns = _Columns(values)
         elif len(taken) > 1 and len(values) != columns.count:
             source.put_back(taken[1:])
             yield Row(line, 1, [], _STRAY)
@@ -147,12 +147,12 @@ def _taking(source: _Lines, taken: list[str]) -> Iterator[str]:
 class _Columns:
     """How many columns the header has, and which of them have held only numbers."""
 
-    def __init__(self, count: int) -> None:
-        self.count, self._rows = count, 0
-        self._numeric = set(range(count))
+    def __init__(self, header: list[str]) -> None:
+        self.count, self._header, self._rows = len(header), header, 0
+        self._numeric = set(range(self.count))
 
     def saw(self, values: list[str]) -> None:
-        if len(values) == self.count:
+        if len(values) == self.count and values != self._header:  # which comes again where tables were put together
             self._rows += 1
             self._numeric = self._numbers_in(values)
 

@@ -213,3 +213,12 @@ def test_stars_behind_stars_cost_no_more_than_one(tmp_path: Path) -> None:
     (deep / "a.txt").write_text("deep")
     (tmp_path / "t/b.txt").write_text("high")
     assert stored(tmp_path / "store", f"{tmp_path}/t/{'**/' * 30}*.txt") == ["deep", "high"]
+
+
+def test_a_header_that_comes_again_does_not_hide_a_stray_quotation_mark(tmp_path: Path) -> None:
+    """Numbers in the first column tell rows from lines of a value, behind the second header as before it."""
+    rows = '1,one\n2,two\nid,text\n3,"three\n4,four\n5,five"\n6,six\n'
+    for name, content in (("once.csv", rows.replace("id,text\n", "")), ("again.csv", rows)):
+        (tmp_path / name).write_text("id,text\n" + content)
+        line = fail("--source", tmp_path / name, "--out", tmp_path / "no")
+        assert "a quotation mark that is not closed in its row" in line
