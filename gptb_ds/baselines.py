@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from gptb_ds.model import WindowModel
-from gptb_ds.model.gradient_sums import Fp32GradientSums
+from gptb_ds.model.gradient_sums import GradientSums
 
 
 class GPT2Baseline(GPT2LMHeadModel, WindowModel):  # type: ignore[misc]
@@ -46,7 +46,7 @@ class GPT2Baseline(GPT2LMHeadModel, WindowModel):  # type: ignore[misc]
         state: torch.Tensor,
         reset_KB: torch.Tensor,
         recompute_every: int = 0,
-        sums: Fp32GradientSums | None = None,
+        sums: GradientSums | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs (K, B, E) of the final layer norm, and the tokens to carry on. Of `empty_state` it takes any length.
 
@@ -171,7 +171,7 @@ class LSTMBaseline(PreTrainedModel, WindowModel):
         state: torch.Tensor,
         reset_KB: torch.Tensor,
         recompute_every: int = 0,
-        sums: Fp32GradientSums | None = None,
+        sums: GradientSums | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs (K, B, E) of the last layer and the new state (B, N, E+H); a reset sets a lane's state to zero."""
         x_KBE: torch.Tensor = self.drop(self.wte(input_ids_KB))

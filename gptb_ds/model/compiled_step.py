@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from .gradient_sums import Fp32GradientSums
+from .gradient_sums import Fp32GradientSums, GradientSums
 
 Step = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 # A name, or what makes a callable of a graph and its example inputs.
@@ -41,11 +41,11 @@ class CompiledStep:
             state_BSE = state_BSE.contiguous()
         return state_BSE if state_BSE.requires_grad else state_BSE.detach().requires_grad_()
 
-    def __call__(self, model: nn.Module, sums: Fp32GradientSums | None, *args: object) -> tuple[torch.Tensor, ...]:
+    def __call__(self, model: nn.Module, sums: GradientSums | None, *args: object) -> tuple[torch.Tensor, ...]:
         """`step(model, *args)`. With `sums` the gradients of this step's use of the weights are added there."""
         # Without torch's function modes, such as `sums`: its bookkeeping in backward can't be compiled.
         with torch._C.DisableTorchFunction():
-            if sums is None:
+            if not isinstance(sums, Fp32GradientSums):
                 return self._step(model, *args)
             with _standing_in(model, sums):
                 return self._step(model, *args)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, Protocol, TypeAlias, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,22 @@ CHUNK_ROWS = 4096
 
 Entered: TypeAlias = AbstractContextManager[object]
 Context: TypeAlias = Any  # torch's, which takes what a forward leaves there for its backward
+
+
+class GradientSums(Protocol):
+    """Where the gradients of a window's weights are added up: `Fp32GradientSums`, or `InPlaceSums`."""
+
+    def tickets(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        """Edges of the graph: the parameters' sums are handed in when all that have the edges are through."""
+
+    def apart(self) -> Entered:
+        """Inside, uses of the weights belong to a graph of their own, whose backward pass adds to the sums."""
+
+    def column(self, number: int) -> Entered:
+        """Around the column of this number, inside `apart`."""
+
+    def multiply(self) -> None:
+        """After the backward pass of such a graph."""
 
 
 class _Sum:
@@ -257,6 +273,10 @@ class Fp32GradientSums(TorchFunctionMode):
         finally:
             self._tickets = tickets
 
+    def column(self, number: int) -> Entered:
+        """Nothing that a column of its own would need."""
+        return nullcontext()
+
     def multiply(self) -> None:
         """Adds up the rows that wait for a product with more of them: they take memory."""
         for total in self._sums.values():
@@ -289,16 +309,17 @@ class Fp32GradientSums(TorchFunctionMode):
 
 
 def recomputed_in(
-    sums: Fp32GradientSums | None,
+    sums: GradientSums | None,
 ) -> Callable[[], tuple[Entered, Entered]]:
     """For `checkpoint(context_fn=...)`: what is recomputed meets the same operations as the first time."""
-    return lambda: (nullcontext(), sums or nullcontext())
+    entered = sums if isinstance(sums, Fp32GradientSums) else nullcontext()
+    return lambda: (nullcontext(), entered)
 
 
 _OPERATIONS = {
     *(torch.addmm, F.linear, F.embedding, F.layer_norm, F.rms_norm),
     *(torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.add, torch.Tensor.add),
-    *(torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.float, torch.Tensor.to),
+    *(torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.float, torch.Tensor.to, torch.Tensor.clone),
 }
 
 

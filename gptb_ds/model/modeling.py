@@ -18,7 +18,7 @@ from .attention import NAME as SLOT_ATTENTION
 from .cache import GPTBCache
 from .compiled_step import Backend
 from .configuration import GPTBConfig, as_gptb_config
-from .gradient_sums import Fp32GradientSums
+from .gradient_sums import GradientSums
 from .input_checks import check_generate, check_labels, check_logits_to_keep
 from .loss import causal_loss
 from .outputs import GatheredOutput, GPTBOutput
@@ -127,10 +127,15 @@ class RecurrentLM(WindowModel):
         state: torch.Tensor | None,
         reset_KB: torch.Tensor | None = None,
         recompute_every: int = 0,
-        sums: Fp32GradientSums | None = None,
+        sums: GradientSums | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The last slot's outputs (K, B, E) and the new state; see `SlotRecurrence.unroll`."""
         return self.transformer.unroll(input_ids_KB, state, reset_KB, recompute_every, sums)
+
+    @property
+    def recomputes_apart(self) -> bool:
+        """As `SlotRecurrence.recomputes_apart`."""
+        return self.transformer.recomputes_apart
 
     def compile_step(self, backend: Backend = "inductor") -> None:
         """Compiles one step of the recurrence with this backend of `torch.compile`."""

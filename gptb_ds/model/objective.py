@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .cheap import cheap_recomputed
-from .gradient_sums import Fp32GradientSums, recomputed_in
+from .gradient_sums import Fp32GradientSums, GradientSums, recomputed_in
+from .recomputed import InPlaceSums, recomputed
 from .window_model import WindowModel
 
 # Logits kept for the backward pass at once: above so many, the head is recomputed piece by piece.
@@ -76,18 +77,63 @@ class WindowObjective(nn.Module):
             replaced = self.replacement(input_ids_KB, targets_KB, reset_KB, state_BSE, weights_KB)
             if replaced is not None:
                 return replaced
+        every = self.recompute_every if torch.is_grad_enabled() else 0
         sums = self._gradient_sums(state_BSE)
+        if 0 < every < len(input_ids_KB) and self.model.recomputes_apart:
+            return self._in_pieces(every, sums, input_ids_KB, targets_KB, reset_KB, state_BSE, weights_KB)
         cheap = cheap_recomputed() if self.recompute_cheap and torch.is_grad_enabled() else nullcontext()
         with cheap, sums or nullcontext():
-            hidden_KBE, new_state_BSE = self.model.unroll(
-                input_ids_KB, state_BSE, reset_KB, self.recompute_every if torch.is_grad_enabled() else 0, sums
-            )
+            hidden_KBE, new_state_BSE = self.model.unroll(input_ids_KB, state_BSE, reset_KB, every, sums)
             hidden_RE = hidden_KBE.flatten(0, 1)  # (K, B, E) -> (K*B, E)
             weights_R = None if weights_KB is None else weights_KB.reshape(-1)
             loss, right = self._head_loss(hidden_RE, targets_KB.reshape(-1), weights_R, sums)
         if self.right is not None:
             self.right.copy_(right)
         return loss, new_state_BSE.detach()
+
+    def _in_pieces(
+        self,
+        every: int,
+        fp32_sums: Fp32GradientSums | None,
+        input_ids_KB: torch.Tensor,
+        targets_KB: torch.Tensor,
+        reset_KB: torch.Tensor,
+        state_BSE: torch.Tensor,
+        weights_KB: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`; of every c columns nothing is kept for the backward pass but the state before them.
+
+        Head and loss are parts of the pieces, so that embedded tokens, outputs and their gradients never exist for the
+        whole window at once.
+        """
+        sums: GradientSums = InPlaceSums(self.model) if fp32_sums is None else fp32_sums
+        tickets = sums.tickets([parameter for parameter in self.model.parameters() if parameter.requires_grad])
+        losses, rights = [], []
+        steps = len(input_ids_KB)
+        for start in range(0, steps, every):
+            part = slice(start, start + every)
+            ids_cB, reset_cB, targets_R = input_ids_KB[part], reset_KB[part], targets_KB[part].reshape(-1)
+            weights_R = None if weights_KB is None else weights_KB[part].reshape(-1)
+
+            def run(
+                state_BSE: torch.Tensor,
+                ids_cB: torch.Tensor = ids_cB,
+                reset_cB: torch.Tensor = reset_cB,
+                targets_R: torch.Tensor = targets_R,
+                weights_R: torch.Tensor | None = weights_R,
+            ) -> tuple[torch.Tensor, ...]:
+                own_sums = sums if torch.is_grad_enabled() else None
+                hidden_cBE, state_BSE = self.model.unroll(ids_cB, state_BSE, reset_cB, 0, own_sums)
+                hidden_RE = hidden_cBE.flatten(0, 1)  # (c, B, E) -> (c*B, E)
+                # A copy: the state is a view of the outputs of all slots.
+                return *self._head_loss(hidden_RE, targets_R, weights_R, fp32_sums), state_BSE.contiguous()
+
+            loss, right, state_BSE = recomputed(run, sums, tickets, state_BSE, keep=part.stop >= steps)
+            losses.append(loss)
+            rights.append(right)
+        if self.right is not None:
+            self.right.copy_(torch.stack(rights).sum())
+        return torch.stack(losses).sum(), state_BSE.detach()
 
     @torch.no_grad()
     def token_losses(

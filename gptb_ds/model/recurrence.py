@@ -6,6 +6,7 @@ Axes: B lanes, K steps of this call (T where lanes come first), S slots, E embed
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from .cache import GPTBCache
 from .compiled_step import Backend, CompiledStep
-from .gradient_sums import Fp32GradientSums, recomputed_in
+from .gradient_sums import GradientSums, recomputed_in
 from .input_checks import (
     check_device,
     check_inputs,
@@ -25,7 +26,6 @@ from .input_checks import (
     state_of,
 )
 from .outputs import GPTBModelOutput
-from .recomputed import recomputed
 from .step import Shared, SlotStep
 
 # Columns embedded and kept at once when no gradient is needed: the memory of a prompt of any length.
@@ -59,7 +59,7 @@ class SlotRecurrence(SlotStep):
         state_BSE: torch.Tensor | None = None,
         reset_KB: torch.Tensor | None = None,
         recompute_every: int = 0,
-        sums: Fp32GradientSums | None = None,
+        sums: GradientSums | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Consumes K token columns, time first as a window holds them: (last slot's outputs (K, B, E), new state).
 
@@ -92,7 +92,7 @@ class SlotRecurrence(SlotStep):
         return_dict: bool | None = None,
         keep_last: int = 0,
         time_major: bool = False,
-        sums: Fp32GradientSums | None = None,
+        sums: GradientSums | None = None,
         **ignored: object,
     ) -> GPTBModelOutput | tuple[object, ...]:
         """As `unroll`, but lanes first and as transformers' base models are called.
@@ -156,7 +156,7 @@ class SlotRecurrence(SlotStep):
         keep_last: int = 0,
         keep_states: int = 1,
         with_layers: bool = False,
-        sums: Fp32GradientSums | None = None,
+        sums: GradientSums | None = None,
     ) -> Unrolled:
         given = ids_KB if ids_KB is not None else embeds_KBE
         assert given is not None
@@ -180,10 +180,7 @@ class SlotRecurrence(SlotStep):
         for tokens in self._token_chunks(ids_KB, embeds_KBE, chunk):
             part = slice(start, start + len(tokens))
             columns = tokens, resets[part], masks[part], states[-1], initial_SE, context, sums
-            if recompute and not with_layers and self._recomputes_apart(sums):
-                *outputs, state_BSE = self._recomputed_steps(*columns)
-                states = [state_BSE]
-            elif recompute and not with_layers:
+            if recompute and not with_layers:
                 *outputs, state_BSE = checkpoint(
                     self._steps,
                     *columns,
@@ -228,13 +225,13 @@ class SlotRecurrence(SlotStep):
         """Compiles one step with this backend of `torch.compile`: compiled once, called for every column."""
         self._compiled_step = CompiledStep(type(self)._step, backend)
 
-    def _recomputes_apart(self, sums: Fp32GradientSums | None) -> bool:
-        """Whether `recompute_every` can do without recording the first pass, see `recomputed`.
+    @property
+    def recomputes_apart(self) -> bool:
+        """Whether columns can be computed again without a record of their first pass, see `recomputed`.
 
         Not where the blocks are no function of their inputs that can be repeated: weights that ZeRO-3 gathers by hooks,
-        random numbers, a compiled step, autocast, which is over when the backward pass comes. Nor with a hook on a
-        weight, which would see each piece's gradient. On a GPU what is recorded lies in the host's memory, and graphs
-        hide its time.
+        random numbers, a compiled step, autocast, which is over when the backward pass comes. On a GPU what is recorded
+        lies in the host's memory, and graphs hide its time.
         """
         return (
             self.weights_are_seen
@@ -243,32 +240,7 @@ class SlotRecurrence(SlotStep):
             and self._compiled_step is None
             and not torch.is_autocast_enabled("cpu")
             and not (self.training and self.has_dropout)
-            and (sums is not None or not any(parameter._backward_hooks for parameter in self.parameters()))
         )
-
-    def _recomputed_steps(
-        self,
-        tokens: Sequence[torch.Tensor],
-        resets: Sequence[torch.Tensor | None],
-        masks: Sequence[torch.Tensor | None],
-        state_BSE: torch.Tensor,
-        initial_SE: torch.Tensor,
-        context: Shared,
-        sums: Fp32GradientSums | None,
-    ) -> tuple[torch.Tensor, ...]:
-        """As `_steps`, whose inner results are not kept."""
-        shared = [x for x in context if isinstance(x, torch.Tensor)]
-
-        def run(state_BSE: torch.Tensor, initial_SE: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            own = iter(others[: len(shared)])
-            around = tuple(next(own) if isinstance(x, torch.Tensor) else x for x in context)
-            *outputs, new_BSE = self._steps(others[len(shared) :], resets, masks, state_BSE, initial_SE, around, sums)
-            # Copies: views would keep the outputs of all slots of all columns.
-            return torch.stack(outputs), new_BSE.contiguous()
-
-        weights = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        hidden_KB1E, new_BSE = recomputed(run, sums, weights, state_BSE, initial_SE, *shared, *tokens)
-        return *hidden_KB1E.unbind(0), new_BSE
 
     def _steps(
         self,
@@ -278,20 +250,21 @@ class SlotRecurrence(SlotStep):
         state_BSE: torch.Tensor,
         initial_SE: torch.Tensor,
         context: Shared,
-        sums: Fp32GradientSums | None = None,
+        sums: GradientSums | None = None,
         states: list[torch.Tensor] | None = None,
         layers: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """The last slot's outputs (B, 1, E) of each column, and the state after them. Adds to `states`, `layers`."""
         compiled = self._compiled_step if layers is None else None
         outputs = []
-        for token_B1E, reset_B11, mask_B11 in zip(tokens, resets, masks, strict=True):
+        for number, (token_B1E, reset_B11, mask_B11) in enumerate(zip(tokens, resets, masks, strict=True)):
             shared = (_narrowed(initial_SE, token_B1E), tuple(_narrowed(x, token_B1E) for x in context))
             columns = token_B1E, reset_B11, mask_B11, state_BSE
             if compiled is not None:
                 hidden_B1E, state_BSE = compiled(self, sums, *columns, *shared)
             else:
-                hidden_B1E, state_BSE = self._step(*columns, *shared, layers)
+                with nullcontext() if sums is None else sums.column(number):
+                    hidden_B1E, state_BSE = self._step(*columns, *shared, layers)
             outputs.append(hidden_B1E)
             if states is not None:
                 states.append(state_BSE)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .gradient_sums import Fp32GradientSums
+from .gradient_sums import GradientSums
 
 
 class WindowModel(nn.Module):
@@ -28,7 +28,7 @@ class WindowModel(nn.Module):
         state: torch.Tensor,
         reset_KB: torch.Tensor,
         recompute_every: int = 0,
-        sums: Fp32GradientSums | None = None,
+        sums: GradientSums | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs (K, B, E), which `logits_of` turns into logits, and the state after the window.
 
@@ -36,6 +36,11 @@ class WindowModel(nn.Module):
         `sums` as in `SlotRecurrence.unroll`; a model for which they have no meaning ignores them.
         """
         raise NotImplementedError
+
+    @property
+    def recomputes_apart(self) -> bool:
+        """Whether parts of a window can be computed again as pure functions of weights, state and tokens."""
+        return False
 
     def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits (..., V) of outputs (..., E)."""

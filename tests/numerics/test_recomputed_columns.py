@@ -42,7 +42,7 @@ def gradients(model: GPTBLMHeadModel, every: int, **options: Any) -> dict[str, t
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(kind) or "plain")
 def test_gradients_are_those_of_a_window_that_keeps_everything(kind: dict[str, Any], sums: bool, every: int) -> None:
     model = small_gptb(torch.float64, **kind).train()
-    assert model.transformer._recomputes_apart(None)
+    assert model.recomputes_apart
     kept, again = (gradients(model, c, fp32_sums=sums) for c in (0, every))
     assert kept.keys() == again.keys()
     for name, value in kept.items():
@@ -54,7 +54,7 @@ def test_bf16_gradients_are_as_good_as_those_of_torchs_checkpoints(monkeypatch: 
     want = gradients(model, 0)
     model = model.bfloat16()
     own = gradients(model, 3)
-    monkeypatch.setattr(SlotRecurrence, "_recomputes_apart", lambda self, sums: False)
+    monkeypatch.setattr(SlotRecurrence, "recomputes_apart", property(lambda self: False))
     checkpoints = gradients(model, 3)
 
     def error(found: dict[str, torch.Tensor]) -> float:
@@ -101,5 +101,5 @@ def test_the_first_pass_records_nothing_of_the_blocks() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_dropout_is_left_to_torchs_checkpoints(dropout: float) -> None:
     transformer = small_gptb(dropout=dropout).train().transformer
-    assert transformer._recomputes_apart(None) == (dropout == 0)
-    assert transformer.eval()._recomputes_apart(None)
+    assert transformer.recomputes_apart == (dropout == 0)
+    assert transformer.eval().recomputes_apart
