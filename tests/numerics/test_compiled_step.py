@@ -55,7 +55,8 @@ def test_one_compilation_serves_all_columns(config, recompute, dtype):
     found, gradients = train(dtype, recompute, compilations, **config)
     plain, want = train(dtype, recompute, None, **config)
     assert len(compilations) == 1
-    assert found == plain
+    # Plain recomputed columns add up the loss of each piece, and compiled ones that of the whole window.
+    assert found == (plain if recompute == 0 else pytest.approx(plain, rel=1e-6))
     for name, gradient in want.items():
         if dtype == torch.float32:
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-7)
