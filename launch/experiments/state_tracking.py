@@ -64,7 +64,7 @@ MAIN_ABLATIONS = 6  # the first ones, which get all their seeds first
 GROUPS: dict[str, Line] = {
     "a5": {
         **{"model.num_slots": 2, "model.n_embd": 64, "optim.name": "muon"},
-        **{"data.lanes": 128, "train.updates": 4000},
+        **{"data.lanes": 128, "train.updates": 6000},
     },
     "s5": {
         **{"model.num_slots": 2, "model.n_embd": 128, "model.initializer_range": 0.125, "optim.name": "muon"},
@@ -76,7 +76,7 @@ GROUPS: dict[str, Line] = {
 # A window as long as a document: with 16 columns and AdamW nothing was learnt but chance, except by GPT-2.
 LANGUAGE: Line = {"optim.name": "muon", "data.window": 64, "data.lanes": 16, "train.updates": 2000}
 # What else was tried on the groups.
-GROUP_CHANGES: dict[str, dict[str, Line]] = {"a5": {}, "s5": {}}
+GROUP_CHANGES: dict[str, dict[str, Line]] = {"a5": {"4,000 updates": {"train.updates": 4000}}, "s5": {}}
 
 
 def cell(stores: Path, task: str, model: str, change: str, seed: int, keys: Line) -> Cell:

@@ -50,7 +50,7 @@ def best_lines(lines: list[Line], task: str, model: str) -> list[Line]:
     if model == "gptb":
         return lines_of(lines, task=task, model=model, change="")
     changes = {line["name"]["change"] for line in lines_of(lines, task=task, model=model)}
-    rates = [change for change in changes if "updates" not in change]
+    rates = [change for change in changes if "updates" not in change] or list(changes)
     by_rate = [lines_of(lines, task=task, model=model, change=rate) for rate in sorted(rates)]
     # The one with the most seeds is the one that was chosen with the first.
     return max(by_rate, key=lambda found: (len(found), *_worth(found[0])), default=[])
