@@ -73,7 +73,7 @@ GROUPS: dict[str, Line] = {
 }
 
 
-# A window as long as a document: with 16 columns and AdamW nothing was learnt but chance, except by GPT-2.
+# A window as long as a document: with 16 columns and AdamW GPTB learnt nothing.
 LANGUAGE: Line = {"optim.name": "muon", "data.window": 64, "data.lanes": 16, "train.updates": 2000}
 # What else was tried on the groups.
 GROUP_CHANGES: dict[str, dict[str, Line]] = {"a5": {"4,000 updates": {"train.updates": 4000}}, "s5": {}}
