@@ -169,11 +169,11 @@ def test_recomputation_and_sums_give_the_same_gradients(family: str) -> None:
 
 @each_family
 def test_every_use_of_every_weight_is_summed_in_float32(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the sums are kept back nothing is left: no use goes past them. (The initial state has its own way.)"""
+    """When the sums are kept back nothing is left: no use goes past them, of the initial state neither."""
     monkeypatch.setattr(gradient_sums._Sum, "take", lambda _: None)
     model = small_decoder(family).bfloat16()
     left = {name for name, parameter in gradients(model, 0, fp32_sums=True).items() if parameter is not None}
-    assert left == {"transformer.initial_embeds"}
+    assert not left
 
 
 @each_family
